@@ -1,0 +1,1677 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "transformers==5.23.0", "datasets==5.2.0", "bitsandbytes==0.50.2", "peft==0.21.2",
+#     "accelerate==1.15.0", "safetensors", "numpy", "matplotlib"]
+# ///
+"""PPO from a reward model: the third stage of RLHF (Ziegler et al. 2019; Ouyang et al. 2022, InstructGPT, section 3.5).
+
+One base model, in 4 bits if you like, plays all four roles through LoRA adapters:
+
+    policy     pi_theta   adapter, starts as a copy of the SFT adapter       trained
+    reference  pi_ref     the SFT adapter, frozen
+    reward     r          the reward adapter and its scalar head, frozen
+    critic     V_phi      adapter and scalar head, start as copies of the reward model's       trained
+
+Each step (Schulman et al. 2017, algorithm 1, on tokens instead of frames):
+
+    1. sample responses y ~ pi_old(.|x)
+    2. score them: R = r(x, y) at the last token; log pi_old, log pi_ref and V_phi at every token
+    3. per-token reward r_t = -kl_coef (log pi_old - log pi_ref)_t, plus R at the last token; GAE: advantages A, returns
+    4. ppo_epochs passes over minibatches, with ratio = pi_theta / pi_old:
+         policy:  minimise  - E_t min(ratio A, clip(ratio, 1 - c, 1 + c) A)
+         critic:  minimise  1/2 E_t max((V - ret)^2, (clip(V, V_old - c, V_old + c) - ret)^2)
+
+    python ppo.py                                        # the embedded world in tiny/, two minutes on two cores
+    python ppo.py --model runs/sft --reward_model runs/reward --dataset prompts.jsonl
+    python ppo.py --model runs/sft --reward_fn my_rewards.py:score --dataset prompts.jsonl
+
+Data (hub id, or local .jsonl, .json, .parquet): `prompt` (string or message list), any columns a reward function wants.
+reward_fn(prompts, responses, **columns) -> list[float | None]; None: the response gets the batch's mean score.
+
+Writes runs/ppo/: the policy's adapter in PEFT's format, tokenizer, args.json, metrics.jsonl, timing.jsonl, curves.png,
+samples.jsonl (held-out responses of the reference and of the policy), report.json, checkpoint/.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    DynamicCache,
+    HfArgumentParser,
+)
+
+TINY = Path(__file__).resolve().parent / "tiny"
+HEAD_KEY = "base_model.model.score.weight"  # where AutoModelForSequenceClassification + PEFT look for the head
+SHARED_ROW_MODELS = (  # model types with plain attention, where tests hold shared rows to padded ones
+    "llama", "qwen2", "qwen3", "mistral", "phi3", "smollm3", "gpt2", "gemma2", "gemma3_text",
+)  # fmt: skip
+PLAIN_TEMPLATE = (  # for models that come without a chat template: no new token is added to the vocabulary
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}Assistant: {{ m['content'] }}{{ eos_token }}\n{% else %}"
+    "{{ m['role'] | capitalize }}: {{ m['content'] }}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+TEXT_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"  # --chat_template text: no markup, continuation
+UPDATE_METRICS = ("policy_loss", "clip_fraction", "approx_kl", "value_loss", "grad_norm", "critic_grad_norm")
+
+
+# ------------------------------------------------------------------------------------------------------- arguments
+class UserError(Exception):
+    """A mistake in what the user gave, printed as one line: what, where, what was expected, what to do."""
+
+
+class BadRow(Exception):
+    """A row that can't be used: BadRow(reason, detail); rows are counted by reason, the first detail is shown."""
+
+
+def arg(default: Any, help: str) -> Any:
+    """One dataclass field = one command-line flag with its --help text."""
+    text = {"help": help.replace("%", "%%")}
+    return field(default_factory=default, metadata=text) if callable(default) else field(default=default, metadata=text)
+
+
+@dataclass
+class Args:
+    # roles
+    model: str = arg(str(TINY / "sft"), "policy and reference start here: base model or run folder, hub or local")
+    reward_model: str | None = arg(None, "run folder or model with one score; default: tiny/reward unless --reward_fn")
+    reward_fn: str | None = arg(None, "file.py:function that scores responses instead of a reward model")
+    gold_fn: str | None = arg(
+        None, "file.py:function that judges, never trains; default: tiny's annotator, on its data"
+    )
+    quant: Literal["auto", "nf4", "none"] = arg("auto", "4-bit base; auto: as the run folder says, else nf4 on a GPU")
+    dtype: Literal["auto", "float32", "bfloat16"] = arg("auto", "auto: bfloat16 on a GPU or with nf4, else float32")
+    revision: str | None = arg(None, "branch, tag or commit of a hub model")
+    trust_remote_code: bool = arg(False, "run model code that comes with a hub model")
+    chat_template: str | None = arg(None, "plain, text (no markup) or a Jinja file; default: the tokenizer's own")
+    lora_r: int | None = arg(None, "LoRA rank; default: the loaded adapter's, else 16; 0 trains all weights (sft only)")
+    lora_alpha: float | None = arg(None, "LoRA scale numerator; default: the loaded adapter's, else 2 * rank")
+    lora_target_modules: list[str] | None = arg(None, "layers; default: the loaded adapter's, else all linear")
+    gradient_checkpointing: bool | None = arg(None, "recompute activations in backward; default: on a GPU")
+    # data
+    dataset: str = arg(str(TINY / "prompts.jsonl"), "training data: hub id or local .jsonl, .json, .parquet")
+    dataset_split: str = arg("train", "split of a hub dataset")
+    eval_dataset: str | None = arg(None, "held-out data; default: --eval_size of the training data, split by prompt")
+    eval_size: float = arg(0.05, "held-out share (below 1) or number of rows where no --eval_dataset is given")
+    max_prompt_length: int = arg(512, "longer prompts are dropped and counted, never cut (tokens)")
+    max_response_length: int = arg(64, "longest response (tokens)")
+    # rollout
+    samples_per_prompt: int = arg(4, "responses per prompt; the prompt is computed once for all of them")
+    temperature: float = arg(1.0, "of sampling and of every log-prob; no top-k or top-p, which would bias the ratio")
+    sample_batch_size: int = arg(128, "responses decoded at once: memory, not the result")
+    missing_eos_penalty: float = arg(1.0, "subtracted from the score of a response that did not end")
+    score_clip: float = arg(0.0, "scores are clipped to +- this; 0: not")
+    # PPO
+    kl_coef: float = arg(0.05, "weight of the KL penalty towards the reference in the per-token reward")
+    kl_target: float = arg(0.0, "adapt kl_coef to hold this KL (nats per response); 0: fixed")
+    kl_horizon: int = arg(10000, "responses over which kl_coef adapts")
+    gamma: float = arg(1.0, "discount")
+    gae_lambda: float = arg(0.95, "GAE: 1 = Monte Carlo returns, 0 = one-step")
+    ppo_epochs: int = arg(2, "passes over each rollout")
+    minibatches: int = arg(4, "updates per pass")
+    policy_loss: Literal["clip", "penalty"] = arg("clip", "clipped surrogate, or plain + penalty_coef * KL(old, new)")
+    clip_range: float = arg(0.2, "ratio clipped to 1 +- this")
+    penalty_coef: float = arg(1.0, "weight of KL(old, new) with --policy_loss penalty")
+    value_clip_range: float = arg(0.2, "new values clipped to old values +- this")
+    entropy_coef: float = arg(0.0, "weight of the entropy bonus")
+    early_stop_kl: float = arg(0.0, "end the passes when KL(old, new) per token exceeds this; 0: never")
+    critic_warmup: int = arg(0, "first steps in which only the critic learns")
+    ptx_dataset: str | None = arg(None, "PPO-ptx: `text` data whose log-likelihood is added to the objective")
+    ptx_coef: float = arg(1.0, "PPO-ptx: its weight (InstructGPT's gamma)")
+    # optimisation
+    learning_rate: float = arg(1e-3, "policy's peak learning rate; 1e-5 to 5e-5 is usual for LoRA on 7B")
+    critic_learning_rate: float = arg(1e-3, "critic's peak learning rate")
+    warmup_ratio: float = arg(0.05, "share of the steps with rising learning rate; cosine to a tenth after it")
+    weight_decay: float = arg(0.0, "AdamW weight decay")
+    max_grad_norm: float = arg(1.0, "gradients longer than this are scaled down to it")
+    batch_size: int = arg(128, "responses per step, all processes together")
+    micro_batch_size: int = arg(32, "responses per forward pass: memory, not the result")
+    epochs: float = arg(2.5, "passes over the dataset")
+    max_steps: int = arg(0, "stop after this many steps; 0: no limit; the smaller bound wins")
+    # run
+    output_dir: str = arg("runs/ppo", "run folder; an existing one is renamed unless --resume")
+    seed: int = arg(0, "decides everything on CPU")
+    eval_every: int = arg(0, "steps between evaluations; 0: at the start and the end")
+    save_every: int = arg(0, "steps between checkpoints; 0: none")
+    resume: bool = arg(False, "continue from the newest checkpoint of --output_dir")
+    report_to: list[str] | None = arg(None, "trackers that accelerate knows: wandb, tensorboard, ...")
+
+
+def run_cli(main: Callable[[Any], Any], args_class: Any) -> None:
+    """Parse the command line into `args_class` and run `main`: mistakes of the user are one line, not a traceback."""
+    script = Path(sys.argv[0]).name
+    parser = HfArgumentParser(args_class, description=main.__doc__, allow_abbrev=False)
+    try:
+        (args,) = parser.parse_args_into_dataclasses(look_for_args_file=False)
+    except ValueError as error:  # an unknown flag
+        print(f"{script}: {error}; `python {script} --help` lists the flags", file=sys.stderr)
+        sys.exit(2)
+    try:
+        main(args)
+    except UserError as error:
+        sys.exit(f"{script}: {error}")
+
+
+# ------------------------------------------------------------------------------------------------------- the maths
+# Shapes: B responses, T response tokens. mask (B, T): 1 = a real token of the response (its end token included).
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of x over the positions with mask 1; x, mask (B, T) -> scalar.
+
+    >>> masked_mean(torch.tensor([[1.0, 3.0], [5.0, 99.0]]), torch.tensor([[1, 1], [1, 0]]))
+    tensor(3.)
+    """
+    return (x * mask).sum() / mask.sum()
+
+
+def masked_whiten(x: Tensor, mask: Tensor, total: Callable[[Tensor], Tensor] = lambda sums: sums) -> Tensor:
+    """x (B, T) shifted and scaled to mean 0 and variance 1 over the positions with mask 1; 0 elsewhere.
+
+    `total` adds sums up over processes, so that all of them use the statistics of the whole batch.
+
+    >>> masked_whiten(torch.tensor([[1.0, 3.0, 99.0]]), torch.tensor([[1, 1, 0]]))
+    tensor([[-1.,  1.,  0.]])
+    """
+    n, first = total(torch.stack([mask.sum().to(x.dtype), (x * mask).sum()]))
+    variance = total(((x - first / n) ** 2 * mask).sum()) / n
+    return (x - first / n) * torch.rsqrt(variance + 1e-8) * mask
+
+
+def kl_penalty_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
+    """Per-token rewards (B, T): -kl_coef * (log pi - log pi_ref), plus the score (B,) at the last real token.
+
+    Ziegler et al. 2019, eq. 2. The plain difference is the estimator whose expected gradient, as a reward, is the KL's.
+
+    >>> kl_penalty_rewards(torch.tensor([2.0]), torch.tensor([[-1.0, -2.0, 0.0]]), torch.tensor([[-2.0, -1.0, 0.0]]),
+    ...                    torch.tensor([[1, 1, 0]]), 0.5)
+    tensor([[-0.5000,  2.5000,  0.0000]])
+    """
+    rewards = kl_coef * (ref_logprobs - logprobs) * mask
+    last = mask.sum(1, keepdim=True) - 1
+    return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
+    """Advantages and returns (B, T) by generalised advantage estimation (Schulman et al. 2016, eq. 16).
+
+    delta_t = r_t + gamma V_{t+1} - V_t with V = 0 after the last token;  A_t = delta_t + gamma lambda A_{t+1}.
+
+    >>> gae(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.5, 0.5]]), torch.tensor([[1, 1]]), 1.0, 0.5)
+    (tensor([[0.2500, 0.5000]]), tensor([[0.7500, 1.0000]]))
+    """
+    values = values * mask
+    advantages = torch.zeros_like(rewards)
+    advantage = next_value = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = (delta + gamma * gae_lambda * advantage) * mask[:, t]  # padding comes last, so it restarts at 0
+        advantages[:, t], next_value = advantage, values[:, t]
+    return advantages, (advantages + values) * mask
+
+
+def clipped_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
+    """Per-token loss (B, T): -min(ratio A, clip(ratio, 1 - c, 1 + c) A) (Schulman et al. 2017, eq. 7).
+
+    >>> clipped_policy_loss(torch.log(torch.tensor([[1.5, 0.5]])), torch.zeros(1, 2), torch.tensor([[1.0, 1.0]]), 0.2)
+    tensor([[-1.2000, -0.5000]])
+    """
+    ratio = torch.exp(logprobs - old_logprobs)
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_range, 1 + clip_range) * advantages)
+
+
+def penalty_policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, penalty_coef: float) -> Tensor:
+    """Per-token loss (B, T): -ratio A + penalty_coef * KL(pi_old, pi) (Schulman et al. 2017, eq. 8, fixed beta)."""
+    ratio = torch.exp(logprobs - old_logprobs)
+    return -ratio * advantages + penalty_coef * old_new_kl(logprobs, old_logprobs)
+
+
+def old_new_kl(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
+    """Per-token estimate (B, T) of KL(pi_old, pi) from samples of pi_old: ratio - 1 - log ratio (Schulman 2020, k3).
+
+    Unbiased, never negative; as a loss its expected gradient is the KL's, because the samples come from pi_old.
+
+    >>> old_new_kl(torch.log(torch.tensor([[0.5]])), torch.zeros(1, 1))
+    tensor([[0.1931]])
+    """
+    return torch.expm1(logprobs - old_logprobs) - (logprobs - old_logprobs)
+
+
+def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip_range: float) -> Tensor:
+    """Per-token loss (B, T): 1/2 max((V - ret)^2, (clip(V, V_old - c, V_old + c) - ret)^2).
+
+    >>> clipped_value_loss(torch.tensor([[1.0]]), torch.tensor([[0.0]]), torch.tensor([[1.0]]), 0.2)
+    tensor([[0.3200]])
+    """
+    clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
+    return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
+
+
+def adapt_kl_coef(kl_coef: float, kl: float, kl_target: float, n_responses: int, kl_horizon: int) -> float:
+    """Proportional controller of Ziegler et al. 2019, section 2.2: at most 20 % of n/horizon up or down per step.
+
+    >>> adapt_kl_coef(0.1, kl=12.0, kl_target=6.0, n_responses=100, kl_horizon=1000)
+    0.10200000000000001
+    """
+    error = min(max(kl / kl_target - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * n_responses / kl_horizon)
+
+
+def learning_rate_at(step: int, total_steps: int, peak: float, warmup_ratio: float) -> float:
+    """Linear warm-up, then a cosine down to a tenth of `peak`; a function of the step, so resuming needs no state.
+
+    >>> [round(learning_rate_at(s, 10, 1.0, 0.2), 3) for s in (0, 1, 2, 6, 10)]
+    [0.5, 1.0, 1.0, 0.55, 0.1]
+    """
+    warmup_steps = math.ceil(warmup_ratio * total_steps)
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+
+
+def chunked_logprobs(
+    logits: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, temperature: float, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    """hidden (N, d), targets (N,) -> log softmax(logits/temperature)[target] (N,) and entropy (N,), both fp32.
+
+    `chunk_size` tokens at a time; the backward pass recomputes each chunk, so (N, vocabulary) never exists at once.
+    """
+
+    def one_chunk(h: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        z = logits(h).float() / temperature
+        log_normaliser = z.logsumexp(-1)
+        logprob = z.gather(-1, target[:, None]).squeeze(-1) - log_normaliser
+        return logprob, log_normaliser - (z.softmax(-1) * z).sum(-1)  # entropy = log Z - E[z]
+
+    chunks = zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True)
+    if hidden.requires_grad and len(targets) > chunk_size:
+        parts = [checkpoint(one_chunk, h, t, use_reentrant=False) for h, t in chunks]
+    else:
+        parts = [one_chunk(h, t) for h, t in chunks]
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+# ------------------------------------------------------------------------------------------------------------ data
+def read_rows(source: str, split: str, skipped: dict[str, list]) -> list[dict]:
+    """Rows of a hub dataset or a local .jsonl, .json or .parquet file; "_row" is the line or row number, from 1."""
+    path = Path(source)
+    if path.suffix == ".jsonl" and path.is_file():
+        rows = []
+        for number, line in enumerate(path.read_bytes().rstrip().split(b"\n"), 1):
+            try:
+                rows.append({**json.loads(line), "_row": number})
+            except (ValueError, TypeError):
+                skipped.setdefault("not a JSON object", [0, number, repr(line[:60])])[0] += 1
+        return rows
+    from datasets import load_dataset  # 1 s that the other paths need not wait for
+
+    try:
+        if path.is_file() and path.suffix in (".json", ".parquet"):
+            data = load_dataset(path.suffix[1:], data_files=str(path), split="train")
+        elif path.exists() or path.suffix in (".jsonl", ".json", ".parquet"):
+            raise UserError(f"{source}: no such .jsonl, .json or .parquet file")
+        else:
+            data = load_dataset(source, split=split)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"dataset {source}, split {split}: can't be read ({str(error).splitlines()[0]})") from error
+    return [{**row, "_row": number} for number, row in enumerate(data, 1)]
+
+
+def encode_rows(source: str, split: str, columns: list[tuple[str, ...]], encode: Callable[[dict], list]) -> list:
+    """encode(row) for every row of `source`, joined; bad rows are counted by reason and shown once.
+
+    `columns` are the alternative column sets of the stage; rows without any of them stop the run if none is usable.
+    """
+    skipped: dict[str, list] = {}  # reason -> [count, first row, detail]
+    rows, examples = read_rows(source, split, skipped), []
+    for row in rows:
+        try:
+            if not any(all(row.get(name) is not None for name in names) for names in columns):
+                raise BadRow("a column is missing or null")
+            examples += encode(row)
+        except BadRow as bad:
+            detail = bad.args[1] if len(bad.args) > 1 else ""
+            skipped.setdefault(bad.args[0], [0, row["_row"], detail])[0] += 1
+    total = len(rows) + skipped.get("not a JSON object", [0])[0]
+    reasons = "; ".join(
+        f"{count} {reason} (first: row {row}{': ' + str(detail) if detail else ''})"
+        for reason, (count, row, detail) in skipped.items()
+    )
+    if not examples:
+        found = ", ".join(sorted({name for row in rows for name in row if name != "_row"})) or "none"
+        expected = " | ".join(" + ".join(names) for names in columns)
+        raise UserError(f"{source}: no usable row of {total}; columns found: {found}; expected: {expected}; {reasons}")
+    print(f"data: {source}: {len(examples)} examples from {total} rows" + (f"; left out: {reasons}" if reasons else ""))
+    return examples
+
+
+def hold_out(examples: list, eval_size: float, seed: int) -> tuple[list, list]:
+    """(training, held-out) by prompt: every example of a prompt ("key") lies on the same side; eval_size 0: none."""
+    keys = sorted({e["key"] for e in examples}, key=lambda key: hashlib.sha256(f"{seed}{key}".encode()).digest())
+    n = math.ceil(eval_size * len(keys) if eval_size < 1 else eval_size)
+    if n >= len(keys):
+        raise UserError(f"--eval_size {eval_size} holds out {n} of {len(keys)} prompts and leaves none to train on")
+    chosen = set(keys[:n])
+    return [e for e in examples if e["key"] not in chosen], [e for e in examples if e["key"] in chosen]
+
+
+def to_messages(prompt: str | list[dict]) -> list[dict]:
+    """A string prompt is one user message; a message list stays as it is."""
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, list) or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt):
+        raise BadRow("neither a string nor a message list", str(prompt)[:60])
+    return prompt
+
+
+def render(tokenizer: Any, messages: list[dict], add_generation_prompt: bool) -> str:
+    """The chat template's text; a template that refuses the messages (roles, order) makes the row a bad one."""
+    from jinja2 import TemplateError  # the chat template engine of transformers
+
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except (TemplateError, TypeError, KeyError) as error:
+        raise BadRow("refused by the chat template", str(error)) from error
+
+
+def tokenize(tokenizer: Any, text: str) -> list[int]:
+    """Token ids with exactly one BOS where the tokenizer is one that adds it, whether the text has it or not."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    if bos is not None and tokenizer("a")["input_ids"][0] == bos and ids[:1] != [bos]:
+        ids = [bos] + ids
+    while bos is not None and ids[:2] == [bos, bos]:
+        ids = ids[1:]
+    return ids
+
+
+def encode_prompt(tokenizer: Any, prompt: str | list[dict]) -> list[int]:
+    """Token ids of a prompt up to the point where the assistant begins to write."""
+    return tokenize(tokenizer, render(tokenizer, to_messages(prompt), True))
+
+
+def encode_response(tokenizer: Any, prompt: str | list[dict], response: str, stop_ids: list[int]) -> list[int]:
+    """Token ids of `response` as the continuation of encode_prompt(prompt), up to and with the token that ends it.
+
+    The rendered prompt must be a prefix of the rendered conversation: else the model would be trained on text that it
+    is never asked to continue, so BadRow shows both sides of the boundary.
+    """
+    messages = to_messages(prompt)
+    before = render(tokenizer, messages, True)
+    whole = render(tokenizer, [*messages, {"role": "assistant", "content": response}], False)
+    if not whole.startswith(before):
+        at = len(os.path.commonprefix([before, whole]))
+        start = before[max(0, at - 20) : at]
+        detail = f"after {start!r} the prompt has {before[at:][:30]!r}, with its response {whole[at:][:30]!r}"
+        raise BadRow("chat template: the prompt is no prefix of prompt + response", detail)
+    prompt_ids, ids = tokenize(tokenizer, before), tokenize(tokenizer, whole)
+    if ids[: len(prompt_ids)] == prompt_ids:
+        ids = ids[len(prompt_ids) :]
+    else:  # a token would straddle the boundary: the model will have to start afresh there, so do we
+        ids = tokenizer(whole[len(before) :], add_special_tokens=False)["input_ids"]
+    end = next((t for t, token in enumerate(ids) if token in stop_ids), None)
+    return ids[: end + 1] if end is not None else [*ids, tokenizer.eos_token_id]
+
+
+def encode_rl(row: dict, tokenizer: Any, max_prompt_length: int) -> list[dict]:
+    """One row -> [{"ids", "prompt", "columns", "key"}]; columns are what reward functions may want."""
+    if isinstance(row["prompt"], str) and not row["prompt"].strip():
+        raise BadRow("empty prompt")
+    ids = encode_prompt(tokenizer, row["prompt"])
+    if len(ids) > max_prompt_length:
+        raise BadRow(f"prompt over {max_prompt_length} tokens")
+    columns = {k: v for k, v in row.items() if k not in ("prompt", "_row")}
+    return [{"ids": ids, "prompt": row["prompt"], "columns": columns, "key": json.dumps(row["prompt"])}]
+
+
+def batch_indices(step: int, lengths: list[int], batch_size: int, seed: int) -> list[int]:
+    """Rows of batch `step`: a new permutation each epoch, a function of (seed, step), so resuming needs no cursor.
+
+    The longest rows come first of all, so that a batch too large for the memory fails at once and not after hours.
+    """
+    n = len(lengths)
+    indices: list[int] = []
+    for position in range(step * batch_size, (step + 1) * batch_size):
+        if position % n == 0 or not indices:
+            order = np.random.default_rng((seed, position // n)).permutation(n)
+            if position < n:
+                longest = np.argsort(lengths, kind="stable")[::-1][:batch_size]
+                order = np.concatenate([longest, order[~np.isin(order, longest)]])
+        indices.append(int(order[position % n]))
+    return indices
+
+
+# ------------------------------------------------------------------------------------------------------ token rows
+class Rows(NamedTuple):
+    """Token rows ready for a forward pass: R rows of L columns that hold S responses of up to T supervised tokens.
+
+    Token i of a row sees token j <= i of the same group if j is in the prompt (segment 1) or in i's own segment; so one
+    row can hold several responses to one prompt, or several examples, and each is computed as if it were alone.
+    """
+
+    mixed: bool  # some row holds more than prompt + one response
+    input_ids: Tensor  # (R, L)
+    position_ids: Tensor  # (R, L), counted within prompt + own segment
+    group: Tensor  # (R, L), 0 = padding
+    segment: Tensor  # (R, L), 1 = prompt, 2, 3, ... = a response
+    state: Tensor  # (S, T), index into the flattened (R * L) of the hidden state that predicts token t
+    targets: Tensor  # (S, T), the token ids
+    mask: Tensor  # (S, T), 1 = a real token
+    last: Tensor  # (S,), index into the flattened (R * L) of each response's last token
+
+
+Part = tuple[list[int], int, int, int]  # a run of tokens in a row: ids, first position, group, segment
+Spot = tuple[int, int, int, int]  # a supervised token: row, column of the state that predicts it, own column, id
+
+
+def build_rows(rows: list[list[Part]], spots: list[list[Spot]], pad_id: int, device: Any, width: int = 0) -> Rows:
+    """Rows of parts, and the supervised tokens of each response -> Rows.
+
+    Masks come from lengths, never from comparing ids with pad_id: in many chat models pad is EOS. T >= `width`.
+    """
+    n_columns = max(sum(len(part[0]) for part in row) for row in rows)
+    table = np.zeros((4, len(rows), n_columns), dtype=np.int64)  # input_ids, position_ids, group, segment
+    table[0] = pad_id
+    for r, row in enumerate(rows):
+        column = 0
+        for ids, position, group, segment in row:
+            at = slice(column, column + len(ids))
+            table[0, r, at], table[1, r, at] = ids, np.arange(position, position + len(ids))
+            table[2, r, at], table[3, r, at] = group, segment
+            column += len(ids)
+    width = max(width, max(len(spot) for spot in spots))
+    where = np.zeros((3, len(spots), width), dtype=np.int64)  # state, targets, mask
+    for s, spot in enumerate(spots):
+        for t, (r, before, _, target) in enumerate(spot):
+            where[:, s, t] = r * n_columns + before, target, 1
+    last = np.array([spot[-1][0] * n_columns + spot[-1][2] for spot in spots])
+    tensors = [torch.from_numpy(a).to(device) for a in (*table, *where, last)]
+    return Rows(any(len(row) > 2 or len({part[2] for part in row}) > 1 for row in rows), *tensors)
+
+
+def attention_mask(rows: Rows, config: Any, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+    """(R, L) padding mask, or for mixed rows the additive mask (R, 1, L, L), by layer type where windows occur."""
+    if not rows.mixed:
+        return (rows.group > 0).long()
+    i, j = rows.segment[:, :, None], rows.segment[:, None, :]
+    seen = (rows.group[:, :, None] == rows.group[:, None, :]) & ((i == j) | (j == 1))
+    seen &= torch.ones_like(seen[0]).tril()
+    zero, minimum = torch.zeros((), dtype=dtype), torch.finfo(dtype).min
+
+    def additive(visible: Tensor) -> Tensor:  # a boolean mask would be wrong under eager attention
+        return torch.where(visible, zero.to(visible.device), minimum)[:, None]
+
+    window = getattr(config, "sliding_window", None)
+    if not window:
+        return additive(seen)
+    distance = rows.position_ids[:, :, None] - rows.position_ids[:, None, :]  # windows count positions, not columns
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        return additive(seen & (distance < window))
+    return {"full_attention": additive(seen), "sliding_attention": additive(seen & (distance < window))}
+
+
+Group = tuple[list[int], list[list[int]]]  # prompt ids and the ids of the responses to it
+
+
+def share_prompts(groups: list[Group], config: Any) -> bool:
+    """Whether rows [prompt][y1][y2]... cost less than one padded row per response, by an estimate of the work.
+
+    Per layer a token costs about 24 d^2 multiplications in the matrices and 4 L d in the attention of a row of L; a row
+    with several responses pays for every masked pair. Models without plain attention always take padded rows.
+    """
+    if config.model_type not in SHARED_ROW_MODELS:
+        return False
+    d = config.hidden_size
+    together = [len(prompt) + sum(map(len, responses)) for prompt, responses in groups]
+    apart = [len(prompt) + len(y) for prompt, responses in groups for y in responses]
+    cost = [len(lengths) * max(lengths) * (24 * d + 4 * max(lengths)) for lengths in (together, apart)]
+    return cost[0] < cost[1]
+
+
+def lay_out(groups: list[Group], shared: bool, pad_id: int, device: Any, width: int = 0) -> Rows:
+    """Groups -> Rows, responses in order; shared: a row is [prompt][y1][y2]..., else each response has a padded row."""
+    rows: list[list[Part]] = []
+    spots: list[list[Spot]] = []
+    for prompt, responses in groups:
+        for k, y in enumerate(responses):
+            if k == 0 or not shared:
+                rows.append([(prompt, 0, 1, 1)])
+            begin = sum(len(part[0]) for part in rows[-1])
+            rows[-1].append((y, len(prompt), 1, 2 + k))
+            before = [len(prompt) - 1, *range(begin, begin + len(y) - 1)]  # where the state before each token stands
+            spots.append([(len(rows) - 1, before[t], begin + t, token) for t, token in enumerate(y)])
+    return build_rows(rows, spots, pad_id, device, width)
+
+
+def lay_out_rollout(
+    groups: list[Group], args: Args, config: Any, pad_id: int, device: Any
+) -> list[tuple[list[int], Rows]]:
+    """All responses as micro-batches [(numbers of the responses, Rows)], laid out once for every pass of every role.
+
+    The same rows serve old log-probs, reference, values, scores and updates, so the first ratio is 1 to rounding.
+    """
+    width = max(len(y) for _, responses in groups for y in responses)
+    numbered: list[tuple[list[int], Group]] = []
+    n = 0
+    for prompt, responses in groups:
+        for k in range(0, len(responses), args.micro_batch_size):
+            some = responses[k : k + args.micro_batch_size]
+            numbered.append((list(range(n, n + len(some))), (prompt, some)))
+            n += len(some)
+    numbered.sort(key=lambda pair: len(pair[1][0]) + max(map(len, pair[1][1])))  # similar lengths: little padding
+    batches, start = [], 0
+    while start < len(numbered):
+        stop, size = start, 0
+        while stop < len(numbered) and size + len(numbered[stop][0]) <= args.micro_batch_size:
+            size, stop = size + len(numbered[stop][0]), stop + 1
+        part = [group for _, group in numbered[start:stop]]
+        rows = lay_out(part, share_prompts(part, config), pad_id, device, width)
+        batches.append(([i for numbers, _ in numbered[start:stop] for i in numbers], rows))
+        start = stop
+    return batches
+
+
+# ----------------------------------------------------------------------------------------------------------- model
+def find_adapter(source: str, revision: str | None) -> Path | None:
+    """The folder of a PEFT adapter (a run folder or a hub id), None where `source` is a whole model."""
+    if Path(source).is_dir():
+        return Path(source) if (Path(source) / "adapter_config.json").is_file() else None
+    from transformers.utils import cached_file
+
+    try:
+        for name in ("args.json", "reward.json", "adapter_model.safetensors", "adapter_config.json"):
+            found = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        return Path(str(found)).parent if found else None
+    except OSError as error:
+        raise UserError(f"{source}: no such folder, and not to be had from the hub ({type(error).__name__})") from error
+
+
+def find_base(adapter: Path) -> str:
+    """The base that an adapter names; a relative path may also be relative to a parent of the adapter's folder."""
+    name = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    candidates = [Path(name), *(parent / name for parent in adapter.resolve().parents)]
+    found = next((path for path in candidates if (path / "config.json").is_file()), None)
+    if found is None and Path(name).is_absolute():
+        raise UserError(f"{adapter}/adapter_config.json: base model {name} is not there; move it back or edit it")
+    return str(found.resolve()) if found else name
+
+
+def load_tokenizer(source: str, chat_template: str | None, args: Any) -> Any:
+    """Tokenizer with a chat template (`plain` where the model has none) and, for rows, some pad token."""
+    try:
+        revision = args.revision if source == args.model else None
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source}: no tokenizer there ({str(error).splitlines()[0]})") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{source}: the tokenizer has no EOS token; a response could never end")
+    templates = {"plain": PLAIN_TEMPLATE, "text": TEXT_TEMPLATE}
+    if chat_template is None:
+        tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
+    elif chat_template not in templates and not Path(chat_template).is_file():
+        raise UserError(f"--chat_template {chat_template}: not `plain`, not `text` and no such file")
+    else:
+        tokenizer.chat_template = templates.get(chat_template) or Path(chat_template).read_text(encoding="utf-8")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # harmless: masks come from lengths
+    return tokenizer
+
+
+def find_stop_ids(tokenizer: Any, generation_config: Any) -> list[int]:
+    """Tokens that end a response: the tokenizer's EOS, the model's own list, and the template's end of turn."""
+    ids = {tokenizer.eos_token_id}
+    if generation_config is not None and generation_config.eos_token_id is not None:
+        eos = generation_config.eos_token_id
+        ids |= set(eos) if isinstance(eos, list) else {eos}
+    user = [{"role": "user", "content": "a"}]
+    whole = render(tokenizer, [*user, {"role": "assistant", "content": "XYZ"}], False)
+    after = tokenizer(whole.rpartition("XYZ")[2].lstrip(), add_special_tokens=False)["input_ids"]
+    if after and after[0] in tokenizer.all_special_ids:
+        ids.add(after[0])
+    return sorted(ids)
+
+
+def base_identity(base: str) -> str:
+    """Hash of the config and of the weight files' names, sizes and first bytes: adapters of one base agree in it."""
+    from transformers.utils import cached_file
+
+    config = Path(str(cached_file(base, "config.json")))
+    ignored = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
+    settings = {k: v for k, v in json.loads(config.read_text()).items() if k not in ignored}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for file in sorted([*config.parent.glob("*.safetensors"), *config.parent.glob("*.bin")]):
+        with file.open("rb") as stream:
+            digest.update(f"{file.name} {file.stat().st_size}".encode() + stream.read(4096))
+    return digest.hexdigest()[:16]
+
+
+def load_base(base: str, args: Any, device: Any, kind: Any = None) -> Any:
+    """The model (of class `kind`; by default a causal language model) in eval mode; nf4: double quantisation."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns on import that an optional package is missing
+    kind, dtype = kind or AutoModelForCausalLM, getattr(torch, args.dtype)
+    options: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
+    options["revision"] = args.revision if base == args.model else None
+    try:
+        if args.quant == "nf4":
+            keep = ["lm_head", "score"]
+            if device.type == "cpu":  # bitsandbytes' CPU kernel wants rows of whole 64-blocks
+                with torch.device("meta"):
+                    empty = kind.from_config(AutoConfig.from_pretrained(base, **options))
+                odd = [n for n, m in empty.named_modules() if isinstance(m, nn.Linear) and m.in_features % 64]
+                keep += odd
+                if odd:
+                    print(f"model: {len(odd)} layers stay unquantised, in_features is no multiple of 64: {odd[0]}, ...")
+            options["device_map"] = {"": device}
+            options["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=keep,
+            )  # fmt: skip
+        model = kind.from_pretrained(base, dtype=dtype, **options).to(device).eval()
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {base}: can't be loaded ({str(error).splitlines()[0]})") from error
+    # bitsandbytes repacks CPU weights at the first eval-mode pass without gradients, which moves logits by a bf16 step:
+    # do it now, or a resumed run would differ from an uninterrupted one.
+    probe = [token % model.config.vocab_size for token in range(8)]
+    with torch.no_grad():
+        logits = model(torch.tensor([probe], device=device)).logits.float()
+        if model.get_output_embeddings() is not None:
+            ours = lm_logits(model, hidden_states(model, build_rows([[(probe, 0, 1, 1)]], [[(0, 0, 1, 0)]], 0, device)))
+            if not torch.allclose(ours.float(), logits, rtol=1e-2, atol=1e-2):
+                raise UserError(
+                    f"model {base}: {model.config.model_type} scales its logits after lm_head; not supported"
+                )
+    return model
+
+
+def choose_precision(args: Any, adapter: Path | None, device: Any) -> tuple[Any, Any]:
+    """(quant, dtype) with every "auto" resolved: the run folder's record, else NF4 on a GPU and none elsewhere."""
+    recorded = json.loads((adapter / "args.json").read_text()) if adapter and (adapter / "args.json").is_file() else {}
+    quant = args.quant
+    if quant == "auto":
+        quant = recorded.get("quant") or ("nf4" if device.type == "cuda" else "none")
+    old_gpu = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8
+    if old_gpu:
+        print("model: this GPU has no bfloat16 (compute capability below 8.0); computing in float32")
+    dtype = args.dtype
+    if dtype == "auto":
+        half = (quant == "nf4" or device.type == "cuda") and not old_gpu
+        dtype = "bfloat16" if half else "float32"
+    return quant, dtype
+
+
+def load_model(args: Any, device: Any) -> tuple[Any, Any, list[int], Path | None, str]:
+    """(base model, tokenizer, stop ids, adapter folder or None, base path or id) of --model; settles "auto" in args."""
+    adapter = find_adapter(args.model, args.revision)
+    base = find_base(adapter) if adapter else args.model
+    base = str(Path(base).resolve()) if Path(base).is_dir() else base
+    args.quant, args.dtype = choose_precision(args, adapter, device)
+    has_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(str(adapter) if has_tokenizer else base, args.chat_template, args)
+    model = load_base(base, args, device)
+    if device.type == "cuda" if args.gradient_checkpointing is None else args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model, tokenizer, find_stop_ids(tokenizer, model.generation_config), adapter, base
+
+
+def add_adapter(model: Any, name: str, folder: Path | None, args: Any) -> Any:
+    """Put a LoRA adapter called `name` on the model, new or read from `folder`; returns the PEFT model.
+
+    A head in the folder is left to load_head: inside PEFT it would be trained, saved and switched with the adapter.
+    """
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+
+    if folder is None:
+        config = LoraConfig(
+            r=args.lora_r or 16, lora_alpha=args.lora_alpha or 2 * (args.lora_r or 16), lora_dropout=0.0,
+            target_modules=args.lora_target_modules or "all-linear", task_type="CAUSAL_LM",
+        )  # fmt: skip
+    else:
+        config = LoraConfig.from_pretrained(str(folder))
+        given = {"lora_r": config.r, "lora_alpha": config.lora_alpha, "lora_target_modules": config.target_modules}
+        for flag, loaded in given.items():
+            asked = getattr(args, flag)
+            if asked and (set(asked) != set(loaded) if flag == "lora_target_modules" else asked != loaded):
+                raise UserError(f"--{flag} {asked} contradicts {folder}, trained with {loaded}; drop the flag")
+        config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, False
+        config.lora_dropout = 0.0
+    if hasattr(model, "peft_config"):
+        model.add_adapter(name, config)
+    else:
+        model = get_peft_model(model, config, adapter_name=name)
+    if folder is not None:
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise UserError(f"{folder}: adapter_model.safetensors is missing; is the run unfinished?")
+        weights = load_file(folder / "adapter_model.safetensors")
+        weights.pop(HEAD_KEY, None)
+        wanted = {k for k in model.state_dict() if f".{name}." in k}
+        result: Any = set_peft_model_state_dict(model, weights, adapter_name=name)
+        if len(wanted) != len(weights) or result.unexpected_keys:
+            raise UserError(f"{folder}: adapter_model.safetensors does not fit this base model's layers")
+    return model
+
+
+def no_dropout(model: Any) -> None:
+    """Set every dropout to 0: the ratio of two passes over the same tokens must be 1 before the first update."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
+@contextlib.contextmanager
+def role(model: Any, name: str, grad: bool = False) -> Iterator[None]:
+    """Give the shared base one role: its adapter, train mode with gradients or eval mode without, requires_grad.
+
+    A role without an adapter of its own ("reference" of a bare base) runs with the adapters off. Forward and backward
+    belong in one such block: switching before backward gives silently wrong gradients.
+    """
+    parameters = dict(model.named_parameters())
+    before, active, training = {n: p.requires_grad for n, p in parameters.items()}, model.active_adapter, model.training
+    try:
+        known = name in model.peft_config
+        with contextlib.nullcontext() if known else model.disable_adapter(), torch.set_grad_enabled(grad):
+            if known:
+                model.set_adapter(name)
+            for n, p in parameters.items():
+                p.requires_grad_(grad and f".{name}." in n)
+            model.train(grad)  # train mode: checkpointing works; eval mode: the KV cache works
+            yield
+    finally:
+        model.set_adapter(active)
+        model.train(training)
+        for n, p in parameters.items():
+            p.requires_grad_(before[n])
+
+
+def adapter_parameters(model: Any, name: str) -> list[nn.Parameter]:
+    """The trainable tensors of one adapter."""
+    return [p for n, p in model.named_parameters() if f".{name}." in n]
+
+
+def hidden_states(model: Any, rows: Rows) -> Tensor:
+    """Last hidden states (R, L, d) of the backbone, without the language-model head."""
+    causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
+    backbone = getattr(causal_lm, causal_lm.base_model_prefix)
+    mask = attention_mask(rows, causal_lm.config, causal_lm.dtype)
+    output = backbone(input_ids=rows.input_ids, attention_mask=mask, position_ids=rows.position_ids, use_cache=False)
+    return output.last_hidden_state
+
+
+def lm_logits(model: Any, hidden: Tensor) -> Tensor:
+    """(..., d) -> (..., vocabulary), with Gemma 2's soft cap where the config has one."""
+    causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
+    logits = causal_lm.get_output_embeddings()(hidden)
+    cap = getattr(causal_lm.config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def response_logprobs(model: Any, rows: Rows, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies (S, T) of the supervised tokens under the active role; 0 where the mask is 0.
+
+    (S, T) states are picked by index_select, whose backward adds in a fixed order on CPU; plain indexing does not.
+    """
+    real = rows.mask.bool()
+    states = hidden_states(model, rows).flatten(0, 1).index_select(0, rows.state[real])
+    causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
+    chunk_size = max(1, 2**25 // causal_lm.config.vocab_size)  # 128 MiB of fp32 logits
+    values = chunked_logprobs(lambda h: lm_logits(model, h), states, rows.targets[real], temperature, chunk_size)
+    logprobs, entropy = (torch.zeros(real.shape, device=v.device).masked_scatter(real, v) for v in values)
+    return logprobs, entropy
+
+
+def load_head(folder: Path, hidden_size: int, device: Any) -> nn.Linear:
+    """The reward head of a run folder: (1, d), fp32, no bias; its absence is an error, never a random head."""
+    weights = load_file(folder / "adapter_model.safetensors")
+    if HEAD_KEY not in weights:
+        raise UserError(
+            f"{folder}: no reward head ({HEAD_KEY} is missing in adapter_model.safetensors); from reward.py?"
+        )
+    if weights[HEAD_KEY].shape != (1, hidden_size):
+        raise UserError(f"{folder}: the head is {tuple(weights[HEAD_KEY].shape)}, this base needs (1, {hidden_size})")
+    head = nn.Linear(hidden_size, 1, bias=False, device=device, dtype=torch.float32)
+    head.weight.data.copy_(weights[HEAD_KEY])
+    return head
+
+
+def head_values(model: Any, head: nn.Linear, rows: Rows) -> Tensor:
+    """(S, T): the head applied, in fp32, to the state that stands before each response token; 0 where the mask is 0."""
+    real = rows.mask.bool()
+    states = hidden_states(model, rows).flatten(0, 1).index_select(0, rows.state[real])
+    return torch.zeros(real.shape, device=states.device).masked_scatter(real, head(states.float()).squeeze(-1))
+
+
+def head_scores(model: Any, head: nn.Linear, rows: Rows) -> Tensor:
+    """(S,): the head applied, in fp32, to the last real token of each response (its end token, where it has one)."""
+    states = hidden_states(model, rows).flatten(0, 1).index_select(0, rows.last)
+    return head(states.float()).squeeze(-1)
+
+
+def check_canaries(scores: list[float], card: dict, quant: str, dtype: str, where: str) -> None:
+    """Compare canary scores with those recorded in reward.json (normalised, so in sd); UserError if the head changed.
+
+    Same quantisation and dtype: within 1e-4 in fp32, 0.05 otherwise; else rank correlation 0.95 and shift below 0.25.
+    """
+    recorded = np.array([canary["score"] for canary in card["canaries"]])
+    difference = np.abs(np.array(scores) - recorded)
+    if (quant, dtype) == (card["quant"], card["dtype"]):
+        limit = 1e-4 if dtype == "float32" else 0.05
+        passed, text = bool(difference.max() <= limit), f"largest difference {difference.max():.2g}, allowed {limit}"
+    else:
+        ranks = [np.argsort(np.argsort(x)) for x in (recorded, scores)]
+        correlation = float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+        shift = abs(float(np.mean(np.array(scores) - recorded)))
+        passed = bool(correlation >= 0.95 and shift < 0.25)
+        text = f"rank correlation {correlation:.3f} (at least 0.95), shift {shift:.2f} sd (below 0.25)"
+    if not passed:
+        raise UserError(
+            f"{where}: the scores in reward.json do not reproduce ({text}); another base, or a changed head"
+        )
+    print(f"reward model: {len(recorded)} canaries reproduce ({text})")
+
+
+class RewardModel(NamedTuple):
+    """A frozen reward model: r(x, y) = head(state of the last token) - mean."""
+
+    model: Any  # the shared base with its "reward" adapter, or a model of its own
+    head: nn.Linear
+    mean: float
+    tokenizer: Any  # None: token ids of the policy are its own; else text is rendered again with its template
+    folder: Path | None
+
+
+def load_reward_model(source: str, model: Any, base: str, tokenizer: Any, args: Any, device: Any) -> RewardModel:
+    """--reward_model as an adapter on the shared base where it was trained on that base, else as its own model."""
+    folder = find_adapter(source, None)
+    if folder is None:
+        own = load_base(source, args, device, AutoModelForSequenceClassification)
+        if getattr(own, "score", None) is None or own.score.out_features != 1:
+            raise UserError(f"--reward_model {source}: neither a run folder of reward.py nor a model with one score")
+        head = nn.Linear(own.score.in_features, 1, bias=False, device=device)
+        head.weight.data.copy_(own.score.weight)
+        return RewardModel(own, head, 0.0, load_tokenizer(source, None, args), None)
+    warn_failed_gates(folder)
+    reward_base = find_base(folder)
+    reward_tokenizer = load_tokenizer(str(folder), None, args)
+    if base_identity(reward_base) == base_identity(base):
+        host = add_adapter(model, "reward", folder, args)
+        same = reward_tokenizer.chat_template == tokenizer.chat_template
+    else:
+        print(f"reward model: {source} has another base ({reward_base}); loaded beside the policy's")
+        host, same = add_adapter(load_base(reward_base, args, device), "reward", folder, args), False
+    head = load_head(folder, host.get_base_model().config.hidden_size, device)
+    card: dict[str, Any] = {"mean": 0.0}
+    if (folder / "reward.json").is_file():
+        card = json.loads((folder / "reward.json").read_text())
+    reward = RewardModel(host, head, card["mean"], None if same else reward_tokenizer, folder)
+    if "canaries" not in card:
+        print(f"reward model: {folder} has no reward.json; scores are neither centred nor checked")
+        return reward
+    stop_ids = find_stop_ids(reward_tokenizer, host.generation_config)
+    scores = []
+    for canary in card["canaries"]:
+        prompt = encode_prompt(reward_tokenizer, canary["prompt"])
+        response = encode_response(reward_tokenizer, canary["prompt"], canary["response"], stop_ids)
+        with role(host, "reward"):
+            rows = lay_out([(prompt, [response])], False, reward_tokenizer.pad_token_id, device)
+            scores.append(head_scores(host, head, rows).item() - card["mean"])
+    if (args.quant, args.dtype) != (card["quant"], card["dtype"]):
+        print(
+            f"reward model: trained in {card['quant']}, {card['dtype']}; now the policy's {args.quant}, {args.dtype}"
+        )
+    check_canaries(scores, card, args.quant, args.dtype, str(folder))
+    return reward
+
+
+def add_critic(model: Any, reward: Any, adapter: Path | None, args: Args) -> nn.Linear:
+    """The "critic" adapter and its head (d -> 1, bias, fp32).
+
+    Both start as the reward model's where that is an adapter of this base, so that V begins as r of the text so far;
+    else as the policy's adapter and a zero head.
+    """
+    copied = isinstance(reward, RewardModel) and reward.folder is not None and reward.model is model
+    add_adapter(model, "critic", reward.folder if copied else adapter, args)
+    head = nn.Linear(model.get_base_model().config.hidden_size, 1, device=model.device, dtype=torch.float32)
+    head.weight.data.copy_(reward.head.weight if copied else torch.zeros(()))
+    head.bias.data.fill_(-reward.mean if copied else 0.0)
+    return head
+
+
+def load_function(spec: str) -> Callable:
+    """The function that `file.py:function` names."""
+    import importlib.util
+
+    file, _, name = spec.rpartition(":")
+    if not Path(file).is_file():
+        raise UserError(f"{spec}: no such file; expected file.py:function")
+    module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if not callable(getattr(module, name, None)):
+        raise UserError(f"{spec}: {file} has no function {name}")
+    return getattr(module, name)
+
+
+def call_function(function: Callable, spec: str, prompts: list[dict], responses: list[str]) -> np.ndarray:
+    """function(prompts, responses, **columns) -> (B,) float64, NaN where it returned None."""
+    columns = {name: [p["columns"].get(name) for p in prompts] for name in prompts[0]["columns"]}
+    try:
+        values = function([p["prompt"] for p in prompts], responses, **columns)
+    except Exception as error:
+        raise UserError(f"{spec} raised {type(error).__name__}: {error}") from error
+    if len(values) != len(responses):
+        raise UserError(f"{spec} returned {len(values)} values for {len(responses)} responses")
+    for value, prompt, response in zip(values, prompts, responses, strict=True):
+        if value is not None and not math.isfinite(value):
+            raise UserError(f"{spec} returned {value} for prompt {prompt['prompt']!r}, response {response!r}")
+    return np.array([math.nan if value is None else float(value) for value in values])
+
+
+# --------------------------------------------------------------------------------------------------------- rollout
+@torch.no_grad()
+def sample(
+    model: Any, prompts: list[list[int]], names: list[int], samples_per_prompt: int, max_tokens: int,
+    temperature: float, stop_ids: list[int], batch_size: int, key: tuple[int, int, int],
+) -> tuple[list[list[int]], list[list[float]]]:  # fmt: skip
+    """Responses to P prompts, samples_per_prompt (G) each -> (token ids, log-probs), P * G lists, prompt by prompt.
+
+    Each prompt is computed once and its KV cache repeated G times; rows that have ended leave the batch. Token t of a
+    response is the inverse CDF at one uniform number, a function of (key, names[p], sample, t) and of nothing else, so
+    neither `batch_size` nor the other prompts change what is sampled. key = (seed, stream, step).
+    """
+    causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
+    backbone, device, g = getattr(causal_lm, causal_lm.base_model_prefix), causal_lm.device, samples_per_prompt
+    responses: list[list[int]] = [[] for _ in range(len(prompts) * g)]
+    logprobs: list[list[float]] = [[] for _ in range(len(prompts) * g)]
+    order = sorted(range(len(prompts)), key=lambda p: len(prompts[p]))
+    for chunk in (order[i : i + max(1, batch_size // g)] for i in range(0, len(order), max(1, batch_size // g))):
+        width, ids, mask = max(len(prompts[p]) for p in chunk), [], []
+        for p in chunk:  # padding on the left, so that all rows go on at the same column
+            ids.append([0] * (width - len(prompts[p])) + prompts[p])
+            mask.append([0] * (width - len(prompts[p])) + [1] * len(prompts[p]))
+        seen = torch.tensor(mask, device=device)
+        cache = DynamicCache(config=causal_lm.config)
+        output = backbone(
+            input_ids=torch.tensor(ids, device=device), attention_mask=seen, past_key_values=cache, use_cache=True,
+            position_ids=(seen.cumsum(1) - 1).clamp(min=0),
+        )  # fmt: skip
+        cache.batch_repeat_interleave(g)
+        state, seen = (x.repeat_interleave(g, 0) for x in (output.last_hidden_state[:, -1], seen))
+        alive = torch.tensor([p * g + k for p in chunk for k in range(g)], device=device)
+        noise = [
+            np.random.Generator(np.random.Philox(key=key[:2], counter=[0, k, names[p], key[2]])).random(max_tokens)
+            for p in chunk for k in range(g)
+        ]  # fmt: skip
+        uniform = torch.from_numpy(np.stack(noise)).to(device)
+        stops = torch.tensor(stop_ids, device=device)
+        for t in range(max_tokens):
+            logp = torch.log_softmax(lm_logits(model, state).float() / temperature, dim=-1)
+            cdf = logp.double().exp().cumsum(-1)
+            token = torch.searchsorted(cdf, (uniform[:, t] * cdf[:, -1])[:, None], right=True)
+            token = token.clamp(max=cdf.shape[1] - 1)
+            chosen = zip(alive.tolist(), token[:, 0].tolist(), logp.gather(1, token)[:, 0].tolist(), strict=True)
+            for i, token_id, logprob in chosen:
+                responses[i].append(token_id)
+                logprobs[i].append(logprob)
+            going = (~torch.isin(token[:, 0], stops)).nonzero()[:, 0]
+            if len(going) == 0 or t + 1 == max_tokens:
+                break
+            if len(going) < len(alive):
+                cache.batch_select_indices(going)
+                token, alive, seen, uniform = token[going], alive[going], seen[going], uniform[going]
+            seen = torch.cat([seen, torch.ones_like(token)], dim=1)
+            output = backbone(
+                input_ids=token, attention_mask=seen, past_key_values=cache, use_cache=True,
+                position_ids=seen.sum(1, keepdim=True) - 1,
+            )  # fmt: skip
+            state = output.last_hidden_state[:, -1]
+    return responses, logprobs
+
+
+class Rollout(NamedTuple):
+    """What one step's sampling and scoring gives: B responses of up to T tokens."""
+
+    prompts: list[dict]  # B, the prompt of each response
+    responses: list[list[int]]  # B, token ids, the end token included
+    texts: list[str]  # B, without special tokens
+    batches: list[tuple[list[int], Rows]]  # micro-batches: numbers of the responses, rows
+    mask: Tensor  # (B, T)
+    ended: Tensor  # (B,), 1 = the response ended by itself
+    sampler_logprobs: Tensor  # (B, T), as the sampler saw them; only for the preflight's comparison
+
+
+def roll_out(
+    model: Any, tokenizer: Any, prompts: list[dict], names: list[int], samples: int, stop_ids: list[int], args: Args,
+    key: tuple[int, int, int], who: str = "policy",
+) -> Rollout:  # fmt: skip
+    """Sample `samples` responses to each prompt in the role `who` and lay them out in rows."""
+    with role(model, who):
+        responses, sampled = sample(
+            model, [p["ids"] for p in prompts], names, samples, args.max_response_length, args.temperature, stop_ids,
+            args.sample_batch_size, key,
+        )  # fmt: skip
+    groups = [(p["ids"], responses[i * samples : (i + 1) * samples]) for i, p in enumerate(prompts)]
+    config, device = model.get_base_model().config, model.device
+    batches = lay_out_rollout(groups, args, config, tokenizer.pad_token_id, device)
+    lengths = torch.tensor([len(y) for y in responses], device=device)
+    mask = (torch.arange(lengths.max().item(), device=device) < lengths[:, None]).long()
+    logprobs = torch.zeros(mask.shape, device=device)
+    for i, row in enumerate(sampled):
+        logprobs[i, : len(row)] = torch.tensor(row)
+    ended = torch.tensor([float(y[-1] in stop_ids) for y in responses], device=device)
+    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    return Rollout([p for p in prompts for _ in range(samples)], responses, texts, batches, mask, ended, logprobs)
+
+
+def role_logprobs(model: Any, who: str, rollout: Rollout, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies (B, T) of the rollout's tokens in the role `who`, without gradients."""
+    logprobs, entropy = torch.zeros_like(rollout.sampler_logprobs), torch.zeros_like(rollout.sampler_logprobs)
+    with role(model, who):
+        for numbers, rows in rollout.batches:
+            logprobs[numbers], entropy[numbers] = response_logprobs(model, rows, temperature)
+    return logprobs, entropy
+
+
+def score_responses(rollout: Rollout, reward: RewardModel | Callable, args: Args) -> Tensor:
+    """Scores (B,), before the penalty for a missing end: by the reward model, or by --reward_fn on the texts."""
+    device = rollout.mask.device
+    if not isinstance(reward, RewardModel):
+        values = call_function(reward, str(args.reward_fn), rollout.prompts, rollout.texts)
+        if np.isnan(values).all():
+            raise UserError(f"{args.reward_fn} returned None for every response")
+        return torch.tensor(np.where(np.isnan(values), np.nanmean(values), values), dtype=torch.float32, device=device)
+    batches = rollout.batches
+    if reward.tokenizer is not None:  # another vocabulary or template: from the text, one padded row per response
+        stops, pad_id = find_stop_ids(reward.tokenizer, reward.model.generation_config), reward.tokenizer.pad_token_id
+        groups = []
+        for p, text in zip(rollout.prompts, rollout.texts, strict=True):
+            answer = encode_response(reward.tokenizer, p["prompt"], text, stops)
+            groups.append((encode_prompt(reward.tokenizer, p["prompt"]), [answer]))
+        numbers = list(range(len(groups)))
+        slices = [slice(i, i + args.micro_batch_size) for i in range(0, len(groups), args.micro_batch_size)]
+        batches = [(numbers[s], lay_out(groups[s], False, pad_id, device)) for s in slices]
+    scores = torch.zeros(len(rollout.responses), device=device)
+    has_adapter = hasattr(reward.model, "peft_config")
+    with role(reward.model, "reward") if has_adapter else torch.no_grad():
+        for numbers, rows in batches:
+            scores[numbers] = head_scores(reward.model, reward.head, rows) - reward.mean
+    return scores
+
+
+def final_scores(scores: Tensor, ended: Tensor, args: Args) -> Tensor:
+    """Scores (B,) with the penalty for responses that did not end, clipped where --score_clip says so."""
+    scores = scores - args.missing_eos_penalty * (1 - ended)
+    return scores.clamp(-args.score_clip, args.score_clip) if args.score_clip else scores
+
+
+# ------------------------------------------------------------------------------------------------------ run folder
+def write_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write under a temporary name, then rename: a killed run leaves the old file or the new one, never half of one."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    with temporary.open("rb") as stream:
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON; sets become sorted lists."""
+    text = json.dumps(
+        value, indent=1, ensure_ascii=False, default=lambda v: sorted(v) if isinstance(v, set) else str(v)
+    )
+    write_file(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
+
+
+def open_run(args: Any, stage: str, accelerator: Accelerator) -> tuple[Path, dict | None]:
+    """(run folder, newest loadable checkpoint or None); an existing folder is renamed unless --resume is given."""
+    folder = Path(args.output_dir)
+    if args.resume and not (folder / "args.json").is_file():
+        raise UserError(f"--resume: {folder} is no run folder (args.json is missing); check --output_dir")
+    if args.resume:
+        recorded = json.loads((folder / "args.json").read_text())
+        changed = {k: v for k, v in asdict(args).items() if k not in ("resume", "report_to") and recorded.get(k) != v}
+        if changed:
+            flags = ", ".join(f"--{k} {v} (was {recorded.get(k)})" for k, v in changed.items())
+            raise UserError(f"--resume: {folder} was started with other settings: {flags}")
+    elif accelerator.is_main_process:
+        if folder.exists():
+            n = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.{n}").exists())
+            folder.rename(folder.with_name(f"{folder.name}.{n}"))
+            print(f"{stage}: the existing {folder} is now {folder}.{n}")
+        (folder / "checkpoint").mkdir(parents=True)
+        write_json(folder / "args.json", asdict(args))
+    accelerator.wait_for_everyone()
+    state = load_checkpoint(folder) if args.resume else None
+    for name in ("metrics.jsonl", "timing.jsonl"):  # cut back to the checkpoint's step
+        if args.resume and accelerator.is_main_process and (folder / name).is_file():
+            lines = [line for line in (folder / name).read_text().splitlines(keepends=True) if line.endswith("\n")]
+            kept = [line for line in lines if state is not None and json.loads(line)["step"] < state["step"]]
+            write_file(folder / name, partial(Path.write_text, data="".join(kept)))
+    return folder, state
+
+
+def load_checkpoint(folder: Path) -> dict | None:
+    """The newest checkpoint that loads; one that does not is named and the one before it is taken."""
+    for path in sorted((folder / "checkpoint").glob("step_*.pt"), reverse=True):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a damaged file raises
+            print(f"resume: {path} can't be loaded ({type(error).__name__}); trying the one before it")
+            continue
+        print(f"resume: from {path}")
+        return state
+    print(f"resume: no checkpoint in {folder / 'checkpoint'}; starting from the beginning")
+    return None
+
+
+def save_checkpoint(folder: Path, state: dict) -> None:
+    """Write checkpoint/step_NNNNNN.pt (loads with weights_only=True) and keep the last two."""
+    path = folder / "checkpoint" / f"step_{state['step']:06d}.pt"
+    write_file(path, lambda temporary: torch.save(state, temporary))
+    for old in sorted(path.parent.glob("step_*.pt"))[:-2]:
+        old.unlink()
+
+
+def log_step(folder: Path, metrics: dict, timing: dict, accelerator: Accelerator) -> None:
+    """One line each in metrics.jsonl (a function of the arguments alone) and timing.jsonl; trackers get both."""
+    if not accelerator.is_main_process:
+        return
+    for name, values in (("metrics", metrics), ("timing", {"step": metrics["step"], **timing})):
+        rounded = {k: v if isinstance(v, int) else float(f"{v:.8g}") for k, v in values.items()}
+        with (folder / f"{name}.jsonl").open("a") as stream:
+            stream.write(json.dumps(rounded) + "\n")
+    accelerator.log({**metrics, **timing}, step=metrics["step"])
+
+
+def save_adapter(folder: Path, model: Any, name: str, base: str, tokenizer: Any, head: Tensor | None = None) -> None:
+    """The adapter as a standard PEFT folder; with a head (1, d) one that AutoModelForSequenceClassification loads."""
+    from peft import get_peft_model_state_dict
+
+    config = {**model.peft_config[name].to_dict(), "base_model_name_or_path": base, "inference_mode": True}
+    weights = {k: v.contiguous().cpu() for k, v in get_peft_model_state_dict(model, adapter_name=name).items()}
+    if head is not None:
+        config |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+        weights[HEAD_KEY] = head.detach().float().cpu().contiguous()
+    write_json(folder / "adapter_config.json", config)
+    write_file(folder / "adapter_model.safetensors", lambda temporary: save_file(weights, temporary, {"format": "pt"}))
+    tokenizer.save_pretrained(folder)
+
+
+def warn_failed_gates(folder: Path) -> None:
+    """Say which gates of the earlier stage in `folder` failed; training goes on."""
+    report = json.loads((folder / "report.json").read_text()) if (folder / "report.json").is_file() else {"gates": []}
+    failed = [f"{gate['name']} {gate['value']:.3g}" for gate in report["gates"] if not gate["passed"]]
+    if failed:
+        print(f"warning: {folder} did not pass its own checks ({', '.join(failed)}); see {folder}/report.json")
+
+
+def write_report(folder: Path, stage: str, base: str, gates: list[tuple[str, float, float, bool]]) -> None:
+    """report.json: gates (name, value, threshold, passed), and the versions that ran."""
+    import importlib.metadata as packages
+
+    rows = [dict(zip(("name", "value", "threshold", "passed"), gate, strict=True)) for gate in gates]
+    versions = {
+        name: packages.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
+    }
+    passed = all(row["passed"] for row in rows)
+    write_json(
+        folder / "report.json", {"stage": stage, "passed": passed, "gates": rows, "versions": versions, "base": base}
+    )
+    for row in rows:
+        word = "passed" if row["passed"] else "FAILED"
+        print(f"{stage}: gate {row['name']} {word}: {row['value']:.4g} (threshold {row['threshold']:.4g})")
+
+
+def plot_curves(folder: Path, keys: list[str]) -> None:
+    """curves.png: each key of metrics.jsonl against the step."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("curves.png: not drawn, matplotlib is not installed")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    keys = [key for key in keys if any(key in row for row in rows)]
+    figure, axes = pyplot.subplots(1, len(keys), figsize=(3.6 * len(keys), 3), squeeze=False)
+    for axis, key in zip(axes[0], keys, strict=True):
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        axis.plot(*zip(*points, strict=True))
+        axis.set(title=key, xlabel="step")
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    write_file(folder / "curves.png", lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
+    pyplot.close(figure)
+
+
+# ------------------------------------------------------------------------------------------------------- optimiser
+def make_optimizer(parameters: list[nn.Parameter], weight_decay: float, device: Any) -> torch.optim.Optimizer:
+    """8-bit paged AdamW on a GPU, torch's AdamW elsewhere; the learning rate is set at every step."""
+    if device.type != "cuda":
+        return torch.optim.AdamW(parameters, lr=0.0, weight_decay=weight_decay)
+    import bitsandbytes
+
+    return bitsandbytes.optim.PagedAdamW8bit(parameters, lr=0.0, weight_decay=weight_decay)
+
+
+def update(optimizer: Any, learning_rate: float, max_grad_norm: float, accelerator: Accelerator) -> float:
+    """Sum gradients over processes, clip, step, clear; returns the norm before clipping.
+
+    Losses are divided by the global count before backward, so the sum over micro-batches and processes is the mean.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if accelerator.num_processes > 1:
+        for p in parameters:
+            p.grad = accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "sum")
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm.item()
+
+
+def global_sums(accelerator: Accelerator, *values: float) -> list[float]:
+    """The values summed over all processes, in float64."""
+    total = accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=accelerator.device), "sum")
+    return total.tolist()
+
+
+def role_values(model: Any, head: nn.Linear, rollout: Rollout) -> Tensor:
+    """The critic's values (B, T), without gradients."""
+    values = torch.zeros_like(rollout.sampler_logprobs)
+    with role(model, "critic"):
+        for numbers, rows in rollout.batches:
+            values[numbers] = head_values(model, head, rows)
+    return values
+
+
+def rollout_metrics(
+    rollout: Rollout, scores: Tensor, rewards: Tensor, log_ratio: Tensor, entropy: Tensor, values: Tensor,
+    returns: Tensor, gold: np.ndarray | None, accelerator: Accelerator,
+) -> dict[str, float]:  # fmt: skip
+    """Means over the whole batch: per response (score, gold, reward, kl in nats, length, eos_rate) or per token."""
+    mask, error = rollout.mask, returns - values
+    per_response = [scores.sum(), rewards.sum(), (log_ratio * mask).sum(), mask.sum(), rollout.ended.sum()]
+    moments = [(x * mask).sum() for x in (entropy, error, error**2, returns, returns**2)]
+    sums = [v.item() for v in (*per_response, *moments)] + [float(np.nansum(gold)) if gold is not None else 0.0]
+    n, *totals = global_sums(accelerator, len(scores), *sums)
+    score, reward, kl, length, ended = (total / n for total in totals[:5])
+    mean_entropy, e1, e2, r1, r2 = (total / totals[3] for total in totals[5:10])
+    metrics = {"score": score} | ({"gold": totals[10] / n} if gold is not None else {})
+    metrics |= {"reward": reward, "kl": kl, "entropy": mean_entropy, "response_length": length, "eos_rate": ended}
+    return metrics | {"explained_variance": 1 - (e2 - e1**2) / max(r2 - r1**2, 1e-12)}
+
+
+# -------------------------------------------------------------------------------------------------------- updates
+def minibatches(batches: list, ppo_epochs: int, n_minibatches: int, seed: tuple[int, int]) -> Iterator[list]:
+    """ppo_epochs passes over the micro-batches, each in a new order and cut into n_minibatches lists."""
+    for epoch in range(ppo_epochs):
+        order = np.random.default_rng((*seed, epoch)).permutation(len(batches))
+        for part in np.array_split(order, n_minibatches):
+            yield [batches[i] for i in part]
+
+
+def policy_backward(
+    model: Any, minibatch: list, old_logprobs: Tensor, advantages: Tensor, n_tokens: float, args: Args
+) -> list[float]:
+    """Accumulate the policy's gradient of the mean over n_tokens; returns means [loss, clip fraction, KL(old, new)]."""
+    sums = torch.zeros(3, device=advantages.device)
+    with role(model, "policy", grad=True):
+        for numbers, rows in minibatch:
+            logprobs, entropy = response_logprobs(model, rows, args.temperature)
+            old, advantage = old_logprobs[numbers], advantages[numbers]
+            if args.policy_loss == "clip":
+                loss = clipped_policy_loss(logprobs, old, advantage, args.clip_range)
+            else:
+                loss = penalty_policy_loss(logprobs, old, advantage, args.penalty_coef)
+            loss = ((loss - args.entropy_coef * entropy) * rows.mask).sum() / n_tokens
+            loss.backward()
+            with torch.no_grad():
+                clipped = ((torch.exp(logprobs - old) - 1).abs() > args.clip_range) * rows.mask
+                moved = old_new_kl(logprobs, old) * rows.mask
+                sums += torch.stack([loss, clipped.sum() / n_tokens, moved.sum() / n_tokens])
+    return sums.tolist()
+
+
+def critic_backward(
+    model: Any, head: nn.Linear, minibatch: list, old_values: Tensor, returns: Tensor, n_tokens: float, args: Args
+) -> float:
+    """Accumulate the critic's gradient of the mean over n_tokens; returns the loss."""
+    total = 0.0
+    with role(model, "critic", grad=True):
+        for numbers, rows in minibatch:
+            values = head_values(model, head, rows)
+            loss = clipped_value_loss(values, old_values[numbers], returns[numbers], args.value_clip_range)
+            loss = (loss * rows.mask).sum() / n_tokens
+            loss.backward()
+            total += loss.item()
+    return total
+
+
+def load_ptx(args: Args, tokenizer: Any) -> list[list[int]]:
+    """Token windows of --ptx_dataset's `text` for PPO-ptx."""
+    window = args.max_prompt_length + args.max_response_length
+
+    def encode(row: dict) -> list[list[int]]:
+        if not isinstance(row["text"], str) or not row["text"].strip():
+            raise BadRow("empty text")
+        ids = [*tokenize(tokenizer, row["text"]), tokenizer.eos_token_id]
+        return [ids[i : i + window] for i in range(0, len(ids), window) if len(ids) > i + 1]
+
+    return encode_rows(str(args.ptx_dataset), args.dataset_split, [("text",)], encode)
+
+
+def ptx_backward(
+    model: Any, ptx: list[list[int]], number: int, pad_id: int, accelerator: Accelerator, args: Args
+) -> None:
+    """Add the gradient of -ptx_coef * mean log-likelihood of pretraining text (Ouyang et al. 2022, eq. 2).
+
+    As many windows as a minibatch has responses; `number` counts the updates and picks them.
+    """
+    size = max(1, args.batch_size // args.minibatches)
+    windows = [ptx[i] for i in batch_indices(number, [len(ids) for ids in ptx], size, args.seed)]
+    n_tokens = sum(len(ids) - 1 for ids in windows)
+    mine = windows[accelerator.process_index :: accelerator.num_processes]
+    with role(model, "policy", grad=True):
+        for i in range(0, len(mine), args.micro_batch_size):
+            groups = [(ids[:1], [ids[1:]]) for ids in mine[i : i + args.micro_batch_size]]
+            logprobs, _ = response_logprobs(model, lay_out(groups, False, pad_id, model.device))
+            (-args.ptx_coef * logprobs.sum() / n_tokens).backward()
+
+
+# ---------------------------------------------------------------------------------------- preflight and evaluation
+def preflight(model: Any, rollout: Rollout, old: Tensor, reference: Tensor, args: Args) -> list[tuple]:
+    """Checks on the first rollout -> gates [(name, value, threshold, passed)]; a red one stops the run with its cause.
+
+    They see what metrics hide for hours: another start than the reference, a dropped KV cache, dropout, endless text.
+    """
+    numbers, rows = rollout.batches[0]
+    with role(model, "policy", grad=True):
+        again, _ = response_logprobs(model, rows, args.temperature)
+    limit = 1e-4 if args.dtype == "float32" else 0.02
+    ratio = (torch.exp(again.detach() - old[numbers]) - 1).abs().max().item()
+    kl = masked_mean(old - reference, rollout.mask).abs().item()
+    gap = masked_mean((old - rollout.sampler_logprobs).abs(), rollout.mask).item()
+    ended, least = rollout.ended.mean().item(), 0.05 if args.missing_eos_penalty else 0.0
+    checks = [
+        ("kl_step0", kl, limit, kl <= limit, "the policy does not start as the reference"),
+        ("ratio_step0", ratio, limit, ratio <= limit, "two passes over the same tokens differ; is a dropout on?"),
+        ("sampler_agreement", gap, limit, gap <= limit, "sampler and training pass differ; is the KV cache dropped?"),
+        ("eos_rate", ended, least, ended >= least, "responses do not end: raise --max_response_length, train SFT "
+         "longer, or set --missing_eos_penalty 0 where no end is wanted"),
+    ]  # fmt: skip
+    for name, value, threshold, passed, cause in checks:
+        print(f"preflight: {'ok ' if passed else 'RED'} {name} {value:.3g} (limit {threshold:g})")
+        if not passed:
+            raise UserError(f"preflight: {name} is {value:.3g}, limit {threshold:g}: {cause}")
+    return [check[:4] for check in checks]
+
+
+def interval(x: np.ndarray) -> tuple[float, float, float]:
+    """(mean, low, high): the mean over prompts and its 95 % interval by the central limit theorem; NaN left out.
+
+    >>> [round(float(v), 3) for v in interval(np.array([1.0, 2.0, 3.0, 4.0]))]
+    [2.5, 1.235, 3.765]
+    """
+    x = x[~np.isnan(x)]
+    half = 1.96 * x.std(ddof=1) / math.sqrt(len(x)) if len(x) > 1 else math.nan
+    return x.mean() if len(x) else math.nan, x.mean() - half, x.mean() + half
+
+
+def evaluate(model: Any, tokenizer: Any, who: str, prompts: list[dict], reward: Any, gold: Any, stop_ids: list[int],
+             args: Args) -> dict[str, Any]:  # fmt: skip
+    """One response per held-out prompt in the role `who`: arrays over prompts (gold, score, kl, ...) and the texts."""
+    names = list(range(len(prompts)))
+    rollout = roll_out(model, tokenizer, prompts, names, 1, stop_ids, args, (args.seed, 1, 0), who)
+    logprobs, entropy = role_logprobs(model, who, rollout, args.temperature)
+    ref_logprobs, _ = role_logprobs(model, "reference", rollout, args.temperature)
+    lengths = rollout.mask.sum(1)
+    kl, entropy = ((x * rollout.mask).sum(1) for x in (logprobs - ref_logprobs, entropy))
+    scores = score_responses(rollout, reward, args)
+    result = {"score": scores, "kl": kl, "length": lengths, "entropy": entropy / lengths, "ended": rollout.ended}
+    arrays: dict[str, Any] = {name: value.double().cpu().numpy() for name, value in result.items()}
+    if gold is not None:
+        arrays["gold"] = call_function(gold, str(args.gold_fn), prompts, rollout.texts)
+    return {**arrays, "texts": rollout.texts}
+
+
+def closing_table(before: dict, after: dict, seconds: float) -> str:
+    """Reference and policy on the same held-out prompts: means with 95 % intervals, win-rate (a tie counts half)."""
+    rows = [("gold utility", "gold"), ("score (proxy)", "score"), ("KL to reference, nats", "kl"),
+            ("length, tokens", "length"), ("entropy, nats/token", "entropy"), ("share ended", "ended")]  # fmt: skip
+    lines = [f"{'held-out prompts: ' + str(len(before['texts'])):28}{'SFT (reference)':>26}{'PPO (policy)':>26}"]
+    for label, key in rows:
+        if key in before:
+            cells = [f"{m:.3f} [{low:.3f}, {high:.3f}]" for m, low, high in (interval(x[key]) for x in (before, after))]
+            lines.append(f"{label:28}{cells[0]:>26}{cells[1]:>26}")
+    key = "gold" if "gold" in before else "score"
+    m, low, high = interval(np.sign(after[key] - before[key]) / 2 + 0.5)
+    lines.append(f"{key + ' win-rate over SFT':28}{'':26}{f'{m:.3f} [{low:.3f}, {high:.3f}]':>26}")
+    return "\n".join([*lines, f"{'wall time, s':28}{'':26}{seconds:>26.0f}"])
+
+
+def write_samples(folder: Path, prompts: list[dict], results: dict[str, dict]) -> None:
+    """samples.jsonl: held-out responses by model, in the format of eval/, with score and gold utility."""
+    lines = []
+    for name, result in results.items():
+        for i, (p, text) in enumerate(zip(prompts, result["texts"], strict=True)):
+            row = {"id": p["columns"].get("id", i), "prompt": p["prompt"], "response": text, "model": name}
+            row |= {"finish_reason": "stop" if result["ended"][i] else "length", "tokens": int(result["length"][i])}
+            row |= {key: round(float(result[key][i]), 4) for key in ("score", "gold") if key in result}
+            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    write_file(folder / "samples.jsonl", lambda temporary: temporary.write_text("".join(lines), encoding="utf-8"))
+
+
+def check_args(args: Args, world: int) -> None:
+    """Contradicting or impossible flags, each as one line."""
+    if args.lora_r == 0:
+        raise UserError("--lora_r 0: RL trains LoRA adapters only; use a rank of at least 1")
+    if args.reward_fn and args.reward_model:
+        raise UserError("--reward_fn and --reward_model are both given; PPO has one reward, choose one")
+    g, micro = args.samples_per_prompt, args.micro_batch_size
+    if args.batch_size % (g * world):
+        raise UserError(f"--batch_size {args.batch_size}: no multiple of --samples_per_prompt {g} x {world} processes")
+    if max(micro, g) % min(micro, g):
+        raise UserError(f"--micro_batch_size {micro}, --samples_per_prompt {g}: one must be a multiple of the other")
+    if args.batch_size < world * args.minibatches * micro:
+        raise UserError(f"--batch_size {args.batch_size} holds fewer than {args.minibatches} --minibatches of one "
+                        f"--micro_batch_size {micro} on {world} processes; lower one of the two")  # fmt: skip
+
+
+def load_roles(args: Args, device: Any) -> tuple[Any, Any, list[int], Any, nn.Linear, str]:
+    """(model, tokenizer, stop ids, reward, critic head, base): one base with the adapters of all roles."""
+    model, tokenizer, stop_ids, adapter, base = load_model(args, device)
+    model = add_adapter(model, "policy", adapter, args)
+    if adapter:  # a bare base is its own reference, with the adapters off
+        warn_failed_gates(adapter)
+        add_adapter(model, "reference", adapter, args)
+    if args.reward_fn:
+        reward: Any = load_function(args.reward_fn)
+    else:
+        reward = load_reward_model(args.reward_model or str(TINY / "reward"), model, base, tokenizer, args, device)
+    critic_head = add_critic(model, reward, adapter, args)
+    no_dropout(model)
+    return model, tokenizer, stop_ids, reward, critic_head, base
+
+
+def load_prompts(args: Args, tokenizer: Any) -> tuple[list[dict], list[dict]]:
+    """(training, held-out) prompts."""
+
+    def encode(row: dict) -> list[dict]:
+        return encode_rl(row, tokenizer, args.max_prompt_length)
+
+    prompts = encode_rows(args.dataset, args.dataset_split, [("prompt",)], encode)
+    heldout = args.eval_dataset or (str(TINY / "prompts_eval.jsonl") if args.dataset == Args.dataset else None)
+    if heldout is None and not args.eval_size:
+        raise UserError("--eval_size 0: PPO is judged on held-out prompts; hold some out or give --eval_dataset")
+    if heldout is None:
+        return hold_out(prompts, args.eval_size, args.seed)
+    return prompts, encode_rows(heldout, args.dataset_split, [("prompt",)], encode)
+
+
+def main(args: Args) -> None:
+    """PPO with four roles on one base (ppo.py)."""
+    began = time.time()
+    accelerator = Accelerator(log_with=args.report_to)
+    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
+    torch.manual_seed(args.seed)
+    check_args(args, world)
+
+    # Roles, data, optimisers, run folder
+    model, tokenizer, stop_ids, reward, critic_head, base = load_roles(args, device)
+    prompts, heldout = load_prompts(args, tokenizer)
+    ptx = load_ptx(args, tokenizer) if args.ptx_dataset else []
+    args.gold_fn = args.gold_fn or (f"{TINY / 'annotator.py'}:gold" if args.dataset == Args.dataset else None)
+    gold = load_function(args.gold_fn) if args.gold_fn else None
+    lengths, n_prompts = [len(p["ids"]) for p in prompts], args.batch_size // args.samples_per_prompt
+    total_steps = math.ceil(args.epochs * len(prompts) / n_prompts)
+    total_steps = min(total_steps, args.max_steps) if args.max_steps else total_steps
+    print(
+        f"ppo: {len(prompts)} prompts of {np.mean(lengths):.0f} tokens, {len(heldout)} held out; {total_steps} steps "
+        f"of {n_prompts} x {args.samples_per_prompt} responses; {args.quant}, {args.dtype}, {device.type} x {world}; "
+        f"one base, adapters {', '.join(model.peft_config)}"
+    )
+    policy_parameters = adapter_parameters(model, "policy")
+    critic_parameters = [*adapter_parameters(model, "critic"), *critic_head.parameters()]
+    policy_optimizer = make_optimizer(policy_parameters, args.weight_decay, device)
+    critic_optimizer = make_optimizer(critic_parameters, args.weight_decay, device)
+    kl_coef, first_step, gates = args.kl_coef, 0, []
+    folder, state = open_run(args, "ppo", accelerator)
+    accelerator.init_trackers("ppo", config={k: str(v) for k, v in asdict(args).items()})
+    if state is not None:
+        first_step, kl_coef, gates = state["step"], state["kl_coef"], [tuple(gate) for gate in state["gates"]]
+        for p, saved in zip([*policy_parameters, *critic_parameters], state["parameters"], strict=True):
+            p.data.copy_(saved)
+        policy_optimizer.load_state_dict(state["policy_optimizer"])
+        critic_optimizer.load_state_dict(state["critic_optimizer"])
+    before = evaluate(model, tokenizer, "reference", heldout, reward, gold, stop_ids, args)
+    after: dict = {}
+
+    for step in range(first_step, total_steps):
+        start = time.time()
+
+        # 1. Rollout: sample y ~ pi_old(.|x)
+        names = batch_indices(step, lengths, n_prompts, args.seed)[rank::world]
+        key = (args.seed, 0, step)
+        rollout = roll_out(
+            model, tokenizer, [prompts[i] for i in names], names, args.samples_per_prompt, stop_ids, args, key
+        )
+        mask, sampled = rollout.mask, time.time()
+
+        # 2. Score: R at the last token; log pi_old, log pi_ref and V at every token
+        old_logprobs, entropy = role_logprobs(model, "policy", rollout, args.temperature)
+        ref_logprobs, _ = role_logprobs(model, "reference", rollout, args.temperature)
+        old_values = role_values(model, critic_head, rollout)
+        scores = score_responses(rollout, reward, args)
+        if step == 0:
+            gates = preflight(model, rollout, old_logprobs, ref_logprobs, args)
+
+        # 3. Per-token rewards, advantages and returns; advantages whitened over the whole batch
+        penalised = final_scores(scores, rollout.ended, args)
+        rewards = kl_penalty_rewards(penalised, old_logprobs, ref_logprobs, mask, kl_coef)
+        advantages, returns = gae(rewards, old_values, mask, args.gamma, args.gae_lambda)
+        advantages = masked_whiten(advantages, mask, lambda sums: accelerator.reduce(sums, "sum"))
+        scored = time.time()
+
+        # 4. ppo_epochs passes over minibatches: the policy's update, then the critic's
+        learning_rate = learning_rate_at(step, total_steps, args.learning_rate, args.warmup_ratio)
+        critic_rate = learning_rate_at(step, total_steps, args.critic_learning_rate, args.warmup_ratio)
+        updates: list[list[float]] = []
+        for minibatch in minibatches(rollout.batches, args.ppo_epochs, args.minibatches, (args.seed, step)):
+            (n_tokens,) = global_sums(accelerator, sum(rows.mask.sum().item() for _, rows in minibatch))
+            policy, norm = [0.0, 0.0, 0.0], 0.0
+            if step >= args.critic_warmup:
+                policy = policy_backward(model, minibatch, old_logprobs, advantages, n_tokens, args)
+                policy = global_sums(accelerator, *policy)
+                if args.early_stop_kl and policy[2] > args.early_stop_kl:
+                    policy_optimizer.zero_grad(set_to_none=True)
+                    break
+                if ptx:
+                    number = step * args.ppo_epochs * args.minibatches + len(updates)
+                    ptx_backward(model, ptx, number, tokenizer.pad_token_id, accelerator, args)
+                norm = update(policy_optimizer, learning_rate, args.max_grad_norm, accelerator)
+            value_loss = critic_backward(model, critic_head, minibatch, old_values, returns, n_tokens, args)
+            critic_norm = update(critic_optimizer, critic_rate, args.max_grad_norm, accelerator)
+            updates.append([*policy, *global_sums(accelerator, value_loss), norm, critic_norm])
+
+        # 5. Log, adapt the KL coefficient, evaluate, save
+        golds = call_function(gold, str(args.gold_fn), rollout.prompts, rollout.texts) if gold else None
+        log_ratio = old_logprobs - ref_logprobs
+        means = rollout_metrics(rollout, scores, rewards, log_ratio, entropy, old_values, returns, golds, accelerator)
+        losses = dict(zip(UPDATE_METRICS, np.mean(updates, axis=0).tolist(), strict=True)) if updates else {}
+        metrics = {
+            "step": step,
+            **means,
+            **losses,
+            "updates": len(updates),
+            "learning_rate": learning_rate,
+            "kl_coef": kl_coef,
+        }
+        if args.kl_target:
+            kl_coef = adapt_kl_coef(kl_coef, means["kl"], args.kl_target, args.batch_size, args.kl_horizon)
+        if step + 1 == total_steps or (args.eval_every and (step + 1) % args.eval_every == 0):
+            after = evaluate(model, tokenizer, "policy", heldout, reward, gold, stop_ids, args)
+            metrics |= {
+                f"heldout_{name}": interval(after[name])[0] for name in ("score", "gold", "kl") if name in after
+            }
+        seconds = time.time() - start
+        timing = {"seconds": seconds, "rollout_seconds": sampled - start, "score_seconds": scored - sampled,
+                  "tokens_per_second": means["response_length"] * args.batch_size / seconds,
+                  "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else 0}  # fmt: skip
+        log_step(folder, metrics, timing, accelerator)
+        if accelerator.is_main_process:
+            bar = "#" * round(20 * (step + 1) / total_steps)
+            shown = [f"{n} {means[n]:.2f}" for n in ("score", "gold", "kl", "response_length", "entropy") if n in means]
+            print(f"[{bar:20}] {step + 1}/{total_steps} | {' | '.join(shown)} | {seconds:.1f} s", flush=True)
+        if args.save_every and (step + 1) % args.save_every == 0 and accelerator.is_main_process:
+            values = [p.detach().cpu() for p in [*policy_parameters, *critic_parameters]]
+            saved = {"step": step + 1, "kl_coef": kl_coef, "gates": gates, "parameters": values}
+            saved |= {
+                "policy_optimizer": policy_optimizer.state_dict(),
+                "critic_optimizer": critic_optimizer.state_dict(),
+            }
+            save_checkpoint(folder, saved)
+
+    # Result: the policy's adapter, held-out responses of both, the table, gates
+    after = after or evaluate(model, tokenizer, "policy", heldout, reward, gold, stop_ids, args)
+    if not accelerator.is_main_process:
+        return
+    write_json(folder / "args.json", asdict(args))
+    save_adapter(folder, model, "policy", base, tokenizer)
+    write_samples(folder, heldout, {"sft": before, "ppo": after})
+    for i in range(min(3, len(heldout))):
+        print(f"\nprompt  {heldout[i]['prompt']}\nbefore  {before['texts'][i]}\nafter   {after['texts'][i]}")
+    print(f"\n{closing_table(before, after, time.time() - began)}")
+    name = "gold" if gold else "score"
+    low = interval(after[name] - before[name])[1]
+    write_report(folder, "ppo", base_identity(base), [*gates, (f"{name}_low", low, 0.0, bool(low > 0))])
+    plot_curves(folder, ["score", "gold", "kl", "entropy", "response_length", "explained_variance"])
+    print(f"ppo: wrote {folder}")
+
+
+if __name__ == "__main__":
+    run_cli(main, Args)

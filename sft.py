@@ -1,0 +1,1040 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "transformers==5.23.0", "datasets==5.2.0", "bitsandbytes==0.50.2", "peft==0.21.2",
+#     "accelerate==1.15.0", "safetensors", "numpy", "matplotlib"]
+# ///
+"""Supervised fine-tuning: the first stage of RLHF (Ouyang et al. 2022, InstructGPT, section 3.5, "SFT").
+
+The loss is the negative log-likelihood of the assistant's tokens y given everything before them x, and of nothing else:
+
+    L(theta) = - 1/N  sum over examples, sum over assistant tokens t of   log pi_theta(y_t | x, y_<t)
+
+where N counts the assistant tokens of the whole batch (not of a micro-batch), so the batch may be cut up freely.
+
+    python sft.py                                         # the embedded world in tiny/, about a minute on two cores
+    python sft.py --model Qwen/Qwen2.5-7B --dataset HuggingFaceH4/ultrachat_200k --dataset_split train_sft
+    python sft.py --lora_r 0 --model ckpt --dataset text.jsonl            # all weights: the result is a new base model
+
+Data (hub id, or local .jsonl, .json, .parquet; one of these column sets):
+    messages                 [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}, ...]
+    prompt, completion       strings (a string prompt is one user message) or message lists
+    text                     plain text, every token counts; longer than the window: cut into consecutive windows
+
+Writes runs/sft/: the LoRA adapter in PEFT's format (a whole model with --lora_r 0), tokenizer, args.json, metrics.jsonl,
+timing.jsonl, samples.jsonl, curves.png, report.json, checkpoint/.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    HfArgumentParser,
+)
+
+TINY = Path(__file__).resolve().parent / "tiny"
+HEAD_KEY = "base_model.model.score.weight"  # where AutoModelForSequenceClassification + PEFT look for the head
+PLAIN_TEMPLATE = (  # for models that come without a chat template: no new token is added to the vocabulary
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}Assistant: {{ m['content'] }}{{ eos_token }}\n{% else %}"
+    "{{ m['role'] | capitalize }}: {{ m['content'] }}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+TEXT_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"  # --chat_template text: no markup, continuation
+
+
+# ------------------------------------------------------------------------------------------------------- arguments
+class UserError(Exception):
+    """A mistake in what the user gave, printed as one line: what, where, what was expected, what to do."""
+
+
+class BadRow(Exception):
+    """A row that can't be used: BadRow(reason, detail); rows are counted by reason, the first detail is shown."""
+
+
+def arg(default: Any, help: str) -> Any:
+    """One dataclass field = one command-line flag with its --help text."""
+    text = {"help": help.replace("%", "%%")}
+    return field(default_factory=default, metadata=text) if callable(default) else field(default=default, metadata=text)
+
+
+@dataclass
+class Args:
+    # model
+    model: str = arg(str(TINY / "base"), "base model or run folder: hub id or local path")
+    quant: Literal["auto", "nf4", "none"] = arg("auto", "4-bit base; auto: as the run folder says, else nf4 on a GPU")
+    dtype: Literal["auto", "float32", "bfloat16"] = arg("auto", "auto: bfloat16 on a GPU or with nf4, else float32")
+    revision: str | None = arg(None, "branch, tag or commit of a hub model")
+    trust_remote_code: bool = arg(False, "run model code that comes with a hub model")
+    chat_template: str | None = arg(None, "plain, text (no markup) or a Jinja file; default: the tokenizer's own")
+    lora_r: int | None = arg(None, "LoRA rank; default: the loaded adapter's, else 16; 0 trains all weights (sft only)")
+    lora_alpha: float | None = arg(None, "LoRA scale numerator; default: the loaded adapter's, else 2 * rank")
+    lora_target_modules: list[str] | None = arg(
+        None, "layers with LoRA; default: the loaded adapter's, else all linear"
+    )
+    gradient_checkpointing: bool | None = arg(None, "recompute activations in backward; default: on a GPU")
+    # data
+    dataset: str = arg(str(TINY / "sft.jsonl"), "training data: hub id or local .jsonl, .json, .parquet")
+    dataset_split: str = arg("train", "split of a hub dataset")
+    eval_dataset: str | None = arg(None, "held-out data; default: --eval_size of the training data, split by prompt")
+    eval_size: float = arg(0.05, "held-out share (below 1) or number of rows where no --eval_dataset is given")
+    max_prompt_length: int = arg(512, "longer prompts are dropped and counted, never cut (tokens)")
+    max_response_length: int = arg(512, "longest response (tokens)")
+    last_turn_only: bool = arg(False, "supervise the last assistant turn only, not every one")
+    packing: bool = arg(True, "several examples per row, blind to each other; same loss, less padding")
+    # optimisation
+    learning_rate: float = arg(1e-3, "peak learning rate; 2e-4 is usual for LoRA on 7B, 1e-5 for all weights")
+    warmup_ratio: float = arg(0.05, "share of the steps with rising learning rate; cosine to a tenth after it")
+    weight_decay: float = arg(0.0, "AdamW weight decay")
+    max_grad_norm: float = arg(1.0, "gradients longer than this are scaled down to it")
+    batch_size: int = arg(32, "examples per optimizer step, all processes together")
+    micro_batch_size: int = arg(8, "rows per forward pass: memory, not the result")
+    epochs: float = arg(3.0, "passes over the dataset")
+    max_steps: int = arg(0, "stop after this many steps; 0: no limit; the smaller bound wins")
+    # run
+    output_dir: str = arg("runs/sft", "run folder; an existing one is renamed unless --resume")
+    seed: int = arg(0, "decides everything on CPU")
+    eval_every: int = arg(0, "steps between evaluations; 0: at the start and the end")
+    save_every: int = arg(0, "steps between checkpoints; 0: none")
+    resume: bool = arg(False, "continue from the newest checkpoint of --output_dir")
+    report_to: list[str] | None = arg(None, "trackers that accelerate knows: wandb, tensorboard, ...")
+
+
+def run_cli(main: Callable[[Any], Any], args_class: Any) -> None:
+    """Parse the command line into `args_class` and run `main`: mistakes of the user are one line, not a traceback."""
+    script = Path(sys.argv[0]).name
+    parser = HfArgumentParser(args_class, description=main.__doc__, allow_abbrev=False)
+    try:
+        (args,) = parser.parse_args_into_dataclasses(look_for_args_file=False)
+    except ValueError as error:  # an unknown flag
+        print(f"{script}: {error}; `python {script} --help` lists the flags", file=sys.stderr)
+        sys.exit(2)
+    try:
+        main(args)
+    except UserError as error:
+        sys.exit(f"{script}: {error}")
+
+
+# ------------------------------------------------------------------------------------------------------- the maths
+def sft_loss(logprobs: Tensor, mask: Tensor, n_tokens: float) -> Tensor:
+    """Mean negative log-likelihood: logprobs (S, T), mask (S, T) with 1 = counts, n_tokens of the whole batch.
+
+    >>> sft_loss(torch.tensor([[-1.0, -3.0], [-2.0, -99.0]]), torch.tensor([[1, 1], [1, 0]]), 3)
+    tensor(2.)
+    """
+    return -(logprobs * mask).sum() / n_tokens
+
+
+def learning_rate_at(step: int, total_steps: int, peak: float, warmup_ratio: float) -> float:
+    """Linear warm-up, then a cosine down to a tenth of `peak`; a function of the step, so resuming needs no state.
+
+    >>> [round(learning_rate_at(s, 10, 1.0, 0.2), 3) for s in (0, 1, 2, 6, 10)]
+    [0.5, 1.0, 1.0, 0.55, 0.1]
+    """
+    warmup_steps = math.ceil(warmup_ratio * total_steps)
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+
+
+def chunked_logprobs(
+    logits: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, temperature: float, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    """hidden (N, d), targets (N,) -> log softmax(logits/temperature)[target] (N,) and entropy (N,), both fp32.
+
+    `chunk_size` tokens at a time; the backward pass recomputes each chunk, so (N, vocabulary) never exists at once.
+    """
+
+    def one_chunk(h: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        z = logits(h).float() / temperature
+        log_normaliser = z.logsumexp(-1)
+        logprob = z.gather(-1, target[:, None]).squeeze(-1) - log_normaliser
+        return logprob, log_normaliser - (z.softmax(-1) * z).sum(-1)  # entropy = log Z - E[z]
+
+    chunks = zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True)
+    if hidden.requires_grad and len(targets) > chunk_size:
+        parts = [checkpoint(one_chunk, h, t, use_reentrant=False) for h, t in chunks]
+    else:
+        parts = [one_chunk(h, t) for h, t in chunks]
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+# ------------------------------------------------------------------------------------------------------------ data
+def read_rows(source: str, split: str, skipped: dict[str, list]) -> list[dict]:
+    """Rows of a hub dataset or a local .jsonl, .json or .parquet file; "_row" is the line or row number, from 1."""
+    path = Path(source)
+    if path.suffix == ".jsonl" and path.is_file():
+        rows = []
+        for number, line in enumerate(path.read_bytes().rstrip().split(b"\n"), 1):
+            try:
+                rows.append({**json.loads(line), "_row": number})
+            except (ValueError, TypeError):
+                skipped.setdefault("not a JSON object", [0, number, repr(line[:60])])[0] += 1
+        return rows
+    from datasets import load_dataset  # 1 s that the other paths need not wait for
+
+    try:
+        if path.is_file() and path.suffix in (".json", ".parquet"):
+            data = load_dataset(path.suffix[1:], data_files=str(path), split="train")
+        elif path.exists() or path.suffix in (".jsonl", ".json", ".parquet"):
+            raise UserError(f"{source}: no such .jsonl, .json or .parquet file")
+        else:
+            data = load_dataset(source, split=split)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"dataset {source}, split {split}: can't be read ({str(error).splitlines()[0]})") from error
+    return [{**row, "_row": number} for number, row in enumerate(data, 1)]
+
+
+def encode_rows(source: str, split: str, columns: list[tuple[str, ...]], encode: Callable[[dict], list]) -> list:
+    """encode(row) for every row of `source`, joined; bad rows are counted by reason and shown once.
+
+    `columns` are the alternative column sets of the stage; rows without any of them stop the run if none is usable.
+    """
+    skipped: dict[str, list] = {}  # reason -> [count, first row, detail]
+    rows, examples = read_rows(source, split, skipped), []
+    for row in rows:
+        try:
+            if not any(all(row.get(name) is not None for name in names) for names in columns):
+                raise BadRow("a column is missing or null")
+            examples += encode(row)
+        except BadRow as bad:
+            detail = bad.args[1] if len(bad.args) > 1 else ""
+            skipped.setdefault(bad.args[0], [0, row["_row"], detail])[0] += 1
+    total = len(rows) + skipped.get("not a JSON object", [0])[0]
+    reasons = "; ".join(
+        f"{count} {reason} (first: row {row}{': ' + str(detail) if detail else ''})"
+        for reason, (count, row, detail) in skipped.items()
+    )
+    if not examples:
+        found = ", ".join(sorted({name for row in rows for name in row if name != "_row"})) or "none"
+        expected = " | ".join(" + ".join(names) for names in columns)
+        raise UserError(f"{source}: no usable row of {total}; columns found: {found}; expected: {expected}; {reasons}")
+    print(f"data: {source}: {len(examples)} examples from {total} rows" + (f"; left out: {reasons}" if reasons else ""))
+    return examples
+
+
+def hold_out(examples: list, eval_size: float, seed: int) -> tuple[list, list]:
+    """(training, held-out) by prompt: every example of a prompt ("key") lies on the same side; eval_size 0: none."""
+    keys = sorted({e["key"] for e in examples}, key=lambda key: hashlib.sha256(f"{seed}{key}".encode()).digest())
+    n = math.ceil(eval_size * len(keys) if eval_size < 1 else eval_size)
+    if n >= len(keys):
+        raise UserError(f"--eval_size {eval_size} holds out {n} of {len(keys)} prompts and leaves none to train on")
+    chosen = set(keys[:n])
+    return [e for e in examples if e["key"] not in chosen], [e for e in examples if e["key"] in chosen]
+
+
+def to_messages(prompt: str | list[dict]) -> list[dict]:
+    """A string prompt is one user message; a message list stays as it is."""
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    if not isinstance(prompt, list) or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt):
+        raise BadRow("neither a string nor a message list", str(prompt)[:60])
+    return prompt
+
+
+def render(tokenizer: Any, messages: list[dict], add_generation_prompt: bool) -> str:
+    """The chat template's text; a template that refuses the messages (roles, order) makes the row a bad one."""
+    from jinja2 import TemplateError  # the chat template engine of transformers
+
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except (TemplateError, TypeError, KeyError) as error:
+        raise BadRow("refused by the chat template", str(error)) from error
+
+
+def tokenize(tokenizer: Any, text: str) -> list[int]:
+    """Token ids with exactly one BOS where the tokenizer is one that adds it, whether the text has it or not."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    if bos is not None and tokenizer("a")["input_ids"][0] == bos and ids[:1] != [bos]:
+        ids = [bos] + ids
+    while bos is not None and ids[:2] == [bos, bos]:
+        ids = ids[1:]
+    return ids
+
+
+def encode_prompt(tokenizer: Any, prompt: str | list[dict]) -> list[int]:
+    """Token ids of a prompt up to the point where the assistant begins to write."""
+    return tokenize(tokenizer, render(tokenizer, to_messages(prompt), True))
+
+
+def encode_response(tokenizer: Any, prompt: str | list[dict], response: str, stop_ids: list[int]) -> list[int]:
+    """Token ids of `response` as the continuation of encode_prompt(prompt), up to and with the token that ends it.
+
+    The rendered prompt must be a prefix of the rendered conversation: else the model would be trained on text that it
+    is never asked to continue, so BadRow shows both sides of the boundary.
+    """
+    messages = to_messages(prompt)
+    before = render(tokenizer, messages, True)
+    whole = render(tokenizer, [*messages, {"role": "assistant", "content": response}], False)
+    if not whole.startswith(before):
+        at = len(os.path.commonprefix([before, whole]))
+        start = before[max(0, at - 20) : at]
+        detail = f"after {start!r} the prompt has {before[at:][:30]!r}, with its response {whole[at:][:30]!r}"
+        raise BadRow("chat template: the prompt is no prefix of prompt + response", detail)
+    prompt_ids, ids = tokenize(tokenizer, before), tokenize(tokenizer, whole)
+    if ids[: len(prompt_ids)] == prompt_ids:
+        ids = ids[len(prompt_ids) :]
+    else:  # a token would straddle the boundary: the model will have to start afresh there, so do we
+        ids = tokenizer(whole[len(before) :], add_special_tokens=False)["input_ids"]
+    end = next((t for t, token in enumerate(ids) if token in stop_ids), None)
+    return ids[: end + 1] if end is not None else [*ids, tokenizer.eos_token_id]
+
+
+def encode_conversation(tokenizer: Any, messages: list[dict], stop_ids: list[int]) -> list[tuple[list[int], list[int]]]:
+    """Message list -> [(ids, mask)], mask 1 on every assistant turn with its end token, 0 elsewhere.
+
+    One example where the template renders earlier turns the same when later ones follow; where it does not (Qwen3 drops
+    old thoughts, Phi-3 closes the text), the turn that breaks the chain begins an example of its own.
+    """
+    examples: list[tuple[list[int], list[int]]] = []
+    for turn, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        if turn == 0 or not message["content"]:
+            raise BadRow("an assistant turn is empty or comes first")
+        prompt_ids = encode_prompt(tokenizer, messages[:turn])
+        response_ids = encode_response(tokenizer, messages[:turn], message["content"], stop_ids)
+        ids, mask = prompt_ids + response_ids, [0] * len(prompt_ids) + [1] * len(response_ids)
+        if examples and prompt_ids[: len(examples[-1][0])] == examples[-1][0]:
+            earlier = examples.pop()[1]
+            mask[: len(earlier)] = earlier
+        examples.append((ids, mask))
+    if not examples:
+        raise BadRow("no assistant turn")
+    return examples
+
+
+def encode_sft(row: dict, tokenizer: Any, stop_ids: list[int], args: Args) -> list[dict]:
+    """One row -> examples {"ids", "mask", "key"}; BadRow says why a row can't be used."""
+    window = args.max_prompt_length + args.max_response_length
+    if row.get("text") is not None:
+        if not isinstance(row["text"], str) or not row["text"].strip():
+            raise BadRow("empty text")
+        ids = [*tokenize(tokenizer, row["text"]), tokenizer.eos_token_id]
+        windows = [ids[i : i + window] for i in range(0, len(ids), window)]
+        return [{"ids": w, "mask": [0] + [1] * (len(w) - 1), "key": row["text"]} for w in windows if len(w) > 1]
+    if row.get("messages") is not None:
+        messages = to_messages(row["messages"])
+    else:
+        completion = row["completion"]
+        answer = completion[0]["content"] if isinstance(completion, list) and completion else completion
+        messages = [*to_messages(row["prompt"]), {"role": "assistant", "content": answer}]
+    if not all(isinstance(m["content"], str) and m["content"].strip() for m in messages):
+        raise BadRow("empty message")
+    examples = encode_conversation(tokenizer, messages, stop_ids)
+    if args.last_turn_only:
+        ids, mask = examples[-1]
+        last_prompt = len(mask) - mask[::-1].index(0) if 0 in mask else 0
+        examples = [(ids, [0] * last_prompt + mask[last_prompt:])]
+    if any(len(ids) > window for ids, _ in examples):
+        raise BadRow(f"over {window} tokens")
+    return [{"ids": ids, "mask": mask, "key": json.dumps(messages[:1])} for ids, mask in examples]
+
+
+def batch_indices(step: int, lengths: list[int], batch_size: int, seed: int) -> list[int]:
+    """Rows of batch `step`: a new permutation each epoch, a function of (seed, step), so resuming needs no cursor.
+
+    The longest rows come first of all, so that a batch too large for the memory fails at once and not after hours.
+    """
+    n = len(lengths)
+    indices: list[int] = []
+    for position in range(step * batch_size, (step + 1) * batch_size):
+        if position % n == 0 or not indices:
+            order = np.random.default_rng((seed, position // n)).permutation(n)
+            if position < n:
+                longest = np.argsort(lengths, kind="stable")[::-1][:batch_size]
+                order = np.concatenate([longest, order[~np.isin(order, longest)]])
+        indices.append(int(order[position % n]))
+    return indices
+
+
+# ------------------------------------------------------------------------------------------------------ token rows
+class Rows(NamedTuple):
+    """Token rows ready for a forward pass: R rows of L columns that hold S responses of up to T supervised tokens.
+
+    Token i of a row sees token j <= i of the same group if j is in the prompt (segment 1) or in i's own segment; so one
+    row can hold several responses to one prompt, or several examples, and each is computed as if it were alone.
+    """
+
+    mixed: bool  # some row holds more than prompt + one response
+    input_ids: Tensor  # (R, L)
+    position_ids: Tensor  # (R, L), counted within prompt + own segment
+    group: Tensor  # (R, L), 0 = padding
+    segment: Tensor  # (R, L), 1 = prompt, 2, 3, ... = a response
+    state: Tensor  # (S, T), index into the flattened (R * L) of the hidden state that predicts token t
+    targets: Tensor  # (S, T), the token ids
+    mask: Tensor  # (S, T), 1 = a real token
+    last: Tensor  # (S,), index into the flattened (R * L) of each response's last token
+
+
+Part = tuple[list[int], int, int, int]  # a run of tokens in a row: ids, first position, group, segment
+Spot = tuple[int, int, int, int]  # a supervised token: row, column of the state that predicts it, own column, id
+
+
+def build_rows(rows: list[list[Part]], spots: list[list[Spot]], pad_id: int, device: Any, width: int = 0) -> Rows:
+    """Rows of parts, and the supervised tokens of each response -> Rows.
+
+    Masks come from lengths, never from comparing ids with pad_id: in many chat models pad is EOS. T >= `width`.
+    """
+    n_columns = max(sum(len(part[0]) for part in row) for row in rows)
+    table = np.zeros((4, len(rows), n_columns), dtype=np.int64)  # input_ids, position_ids, group, segment
+    table[0] = pad_id
+    for r, row in enumerate(rows):
+        column = 0
+        for ids, position, group, segment in row:
+            at = slice(column, column + len(ids))
+            table[0, r, at], table[1, r, at] = ids, np.arange(position, position + len(ids))
+            table[2, r, at], table[3, r, at] = group, segment
+            column += len(ids)
+    width = max(width, max(len(spot) for spot in spots))
+    where = np.zeros((3, len(spots), width), dtype=np.int64)  # state, targets, mask
+    for s, spot in enumerate(spots):
+        for t, (r, before, _, target) in enumerate(spot):
+            where[:, s, t] = r * n_columns + before, target, 1
+    last = np.array([spot[-1][0] * n_columns + spot[-1][2] for spot in spots])
+    tensors = [torch.from_numpy(a).to(device) for a in (*table, *where, last)]
+    return Rows(any(len(row) > 2 or len({part[2] for part in row}) > 1 for row in rows), *tensors)
+
+
+def attention_mask(rows: Rows, config: Any, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+    """(R, L) padding mask, or for mixed rows the additive mask (R, 1, L, L), by layer type where windows occur."""
+    if not rows.mixed:
+        return (rows.group > 0).long()
+    i, j = rows.segment[:, :, None], rows.segment[:, None, :]
+    seen = (rows.group[:, :, None] == rows.group[:, None, :]) & ((i == j) | (j == 1))
+    seen &= torch.ones_like(seen[0]).tril()
+    zero, minimum = torch.zeros((), dtype=dtype), torch.finfo(dtype).min
+
+    def additive(visible: Tensor) -> Tensor:  # a boolean mask would be wrong under eager attention
+        return torch.where(visible, zero.to(visible.device), minimum)[:, None]
+
+    window = getattr(config, "sliding_window", None)
+    if not window:
+        return additive(seen)
+    distance = rows.position_ids[:, :, None] - rows.position_ids[:, None, :]  # windows count positions, not columns
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        return additive(seen & (distance < window))
+    return {"full_attention": additive(seen), "sliding_attention": additive(seen & (distance < window))}
+
+
+def pack_examples(
+    examples: list[dict], packing: bool, micro_batch_size: int, pad_id: int, device: Any
+) -> Iterator[Rows]:
+    """Examples {"ids", "mask"} -> micro-batches of rows; with packing each row is filled up to the longest example."""
+    by_length = sorted(examples, key=lambda e: -len(e["ids"]))
+    bins: list[list[dict]] = []
+    for example in by_length:  # first fit decreasing: padding of a few per cent, no row longer than it must be
+        fits = (b for b in bins if sum(len(e["ids"]) for e in b) + len(example["ids"]) <= len(by_length[0]["ids"]))
+        home = next(fits, None) if packing else None
+        if home is None:
+            bins.append([example])
+        else:
+            home.append(example)
+    for start in range(0, len(bins), micro_batch_size):
+        rows: list[list[Part]] = []
+        spots: list[list[Spot]] = []
+        for r, row in enumerate(bins[start : start + micro_batch_size]):
+            rows.append([(e["ids"], 0, group + 1, 1) for group, e in enumerate(row)])
+            begin = 0
+            for e in row:
+                supervised = [t for t in range(1, len(e["ids"])) if e["mask"][t]]
+                spots.append([(r, begin + t - 1, begin + t, e["ids"][t]) for t in supervised])
+                begin += len(e["ids"])
+        yield build_rows(rows, spots, pad_id, device)
+
+
+# ----------------------------------------------------------------------------------------------------------- model
+def find_adapter(source: str, revision: str | None) -> Path | None:
+    """The folder of a PEFT adapter (a run folder or a hub id), None where `source` is a whole model."""
+    if Path(source).is_dir():
+        return Path(source) if (Path(source) / "adapter_config.json").is_file() else None
+    from transformers.utils import cached_file
+
+    try:
+        for name in ("args.json", "reward.json", "adapter_model.safetensors", "adapter_config.json"):
+            found = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+        return Path(str(found)).parent if found else None
+    except OSError as error:
+        raise UserError(f"{source}: no such folder, and not to be had from the hub ({type(error).__name__})") from error
+
+
+def find_base(adapter: Path) -> str:
+    """The base that an adapter names; a relative path may also be relative to a parent of the adapter's folder."""
+    name = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    candidates = [Path(name), *(parent / name for parent in adapter.resolve().parents)]
+    found = next((path for path in candidates if (path / "config.json").is_file()), None)
+    if found is None and Path(name).is_absolute():
+        raise UserError(f"{adapter}/adapter_config.json: base model {name} is not there; move it back or edit it")
+    return str(found.resolve()) if found else name
+
+
+def load_tokenizer(source: str, chat_template: str | None, args: Any) -> Any:
+    """Tokenizer with a chat template (`plain` where the model has none) and, for rows, some pad token."""
+    try:
+        revision = args.revision if source == args.model else None
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source}: no tokenizer there ({str(error).splitlines()[0]})") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{source}: the tokenizer has no EOS token; a response could never end")
+    templates = {"plain": PLAIN_TEMPLATE, "text": TEXT_TEMPLATE}
+    if chat_template is None:
+        tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
+    elif chat_template not in templates and not Path(chat_template).is_file():
+        raise UserError(f"--chat_template {chat_template}: not `plain`, not `text` and no such file")
+    else:
+        tokenizer.chat_template = templates.get(chat_template) or Path(chat_template).read_text(encoding="utf-8")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # harmless: masks come from lengths
+    return tokenizer
+
+
+def find_stop_ids(tokenizer: Any, generation_config: Any) -> list[int]:
+    """Tokens that end a response: the tokenizer's EOS, the model's own list, and the template's end of turn."""
+    ids = {tokenizer.eos_token_id}
+    if generation_config is not None and generation_config.eos_token_id is not None:
+        eos = generation_config.eos_token_id
+        ids |= set(eos) if isinstance(eos, list) else {eos}
+    user = [{"role": "user", "content": "a"}]
+    whole = render(tokenizer, [*user, {"role": "assistant", "content": "XYZ"}], False)
+    after = tokenizer(whole.rpartition("XYZ")[2].lstrip(), add_special_tokens=False)["input_ids"]
+    if after and after[0] in tokenizer.all_special_ids:
+        ids.add(after[0])
+    return sorted(ids)
+
+
+def base_identity(base: str) -> str:
+    """Hash of the config and of the weight files' names, sizes and first bytes: adapters of one base agree in it."""
+    from transformers.utils import cached_file
+
+    config = Path(str(cached_file(base, "config.json")))
+    ignored = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
+    settings = {k: v for k, v in json.loads(config.read_text()).items() if k not in ignored}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for file in sorted([*config.parent.glob("*.safetensors"), *config.parent.glob("*.bin")]):
+        with file.open("rb") as stream:
+            digest.update(f"{file.name} {file.stat().st_size}".encode() + stream.read(4096))
+    return digest.hexdigest()[:16]
+
+
+def load_base(base: str, args: Any, device: Any, kind: Any = None) -> Any:
+    """The model (of class `kind`; by default a causal language model) in eval mode; nf4: double quantisation."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns on import that an optional package is missing
+    kind, dtype = kind or AutoModelForCausalLM, getattr(torch, args.dtype)
+    options: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
+    options["revision"] = args.revision if base == args.model else None
+    try:
+        if args.quant == "nf4":
+            keep = ["lm_head", "score"]
+            if device.type == "cpu":  # bitsandbytes' CPU kernel wants rows of whole 64-blocks
+                with torch.device("meta"):
+                    empty = kind.from_config(AutoConfig.from_pretrained(base, **options))
+                odd = [n for n, m in empty.named_modules() if isinstance(m, nn.Linear) and m.in_features % 64]
+                keep += odd
+                if odd:
+                    print(f"model: {len(odd)} layers stay unquantised, in_features is no multiple of 64: {odd[0]}, ...")
+            options["device_map"] = {"": device}
+            options["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=keep,
+            )  # fmt: skip
+        model = kind.from_pretrained(base, dtype=dtype, **options).to(device).eval()
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {base}: can't be loaded ({str(error).splitlines()[0]})") from error
+    # bitsandbytes repacks CPU weights at the first eval-mode pass without gradients, which moves logits by a bf16 step:
+    # do it now, or a resumed run would differ from an uninterrupted one.
+    probe = [token % model.config.vocab_size for token in range(8)]
+    with torch.no_grad():
+        logits = model(torch.tensor([probe], device=device)).logits.float()
+        if model.get_output_embeddings() is not None:
+            ours = lm_logits(model, hidden_states(model, build_rows([[(probe, 0, 1, 1)]], [[(0, 0, 1, 0)]], 0, device)))
+            if not torch.allclose(ours.float(), logits, rtol=1e-2, atol=1e-2):
+                raise UserError(
+                    f"model {base}: {model.config.model_type} scales its logits after lm_head; not supported"
+                )
+    return model
+
+
+def choose_precision(args: Any, adapter: Path | None, device: Any) -> tuple[Any, Any]:
+    """(quant, dtype) with every "auto" resolved: the run folder's record, else NF4 on a GPU and none elsewhere."""
+    recorded = json.loads((adapter / "args.json").read_text()) if adapter and (adapter / "args.json").is_file() else {}
+    quant = args.quant
+    if quant == "auto":
+        quant = recorded.get("quant") or ("nf4" if device.type == "cuda" else "none")
+    old_gpu = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8
+    if old_gpu:
+        print("model: this GPU has no bfloat16 (compute capability below 8.0); computing in float32")
+    dtype = args.dtype
+    if dtype == "auto":
+        half = (quant == "nf4" or device.type == "cuda") and not old_gpu
+        dtype = "bfloat16" if half else "float32"
+    return quant, dtype
+
+
+def load_model(args: Any, device: Any) -> tuple[Any, Any, list[int], Path | None, str]:
+    """(base model, tokenizer, stop ids, adapter folder or None, base path or id) of --model; settles "auto" in args."""
+    adapter = find_adapter(args.model, args.revision)
+    base = find_base(adapter) if adapter else args.model
+    base = str(Path(base).resolve()) if Path(base).is_dir() else base
+    args.quant, args.dtype = choose_precision(args, adapter, device)
+    has_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(str(adapter) if has_tokenizer else base, args.chat_template, args)
+    model = load_base(base, args, device)
+    if device.type == "cuda" if args.gradient_checkpointing is None else args.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model, tokenizer, find_stop_ids(tokenizer, model.generation_config), adapter, base
+
+
+def add_adapter(model: Any, name: str, folder: Path | None, args: Any) -> Any:
+    """Put a LoRA adapter called `name` on the model, new or read from `folder`; returns the PEFT model.
+
+    A head in the folder is left to load_head: inside PEFT it would be trained, saved and switched with the adapter.
+    """
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+
+    if folder is None:
+        config = LoraConfig(
+            r=args.lora_r or 16, lora_alpha=args.lora_alpha or 2 * (args.lora_r or 16), lora_dropout=0.0,
+            target_modules=args.lora_target_modules or "all-linear", task_type="CAUSAL_LM",
+        )  # fmt: skip
+    else:
+        config = LoraConfig.from_pretrained(str(folder))
+        given = {"lora_r": config.r, "lora_alpha": config.lora_alpha, "lora_target_modules": config.target_modules}
+        for flag, loaded in given.items():
+            asked = getattr(args, flag)
+            if asked and (set(asked) != set(loaded) if flag == "lora_target_modules" else asked != loaded):
+                raise UserError(f"--{flag} {asked} contradicts {folder}, trained with {loaded}; drop the flag")
+        config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, False
+        config.lora_dropout = 0.0
+    if hasattr(model, "peft_config"):
+        model.add_adapter(name, config)
+    else:
+        model = get_peft_model(model, config, adapter_name=name)
+    if folder is not None:
+        if not (folder / "adapter_model.safetensors").is_file():
+            raise UserError(f"{folder}: adapter_model.safetensors is missing; is the run unfinished?")
+        weights = load_file(folder / "adapter_model.safetensors")
+        weights.pop(HEAD_KEY, None)
+        wanted = {k for k in model.state_dict() if f".{name}." in k}
+        result: Any = set_peft_model_state_dict(model, weights, adapter_name=name)
+        if len(wanted) != len(weights) or result.unexpected_keys:
+            raise UserError(f"{folder}: adapter_model.safetensors does not fit this base model's layers")
+    return model
+
+
+@contextlib.contextmanager
+def role(model: Any, name: str, grad: bool = False) -> Iterator[None]:
+    """Give the shared base one role: its adapter, train mode with gradients or eval mode without, requires_grad.
+
+    A role without an adapter of its own ("reference" of a bare base) runs with the adapters off. Forward and backward
+    belong in one such block: switching before backward gives silently wrong gradients.
+    """
+    parameters = dict(model.named_parameters())
+    before, active, training = {n: p.requires_grad for n, p in parameters.items()}, model.active_adapter, model.training
+    try:
+        known = name in model.peft_config
+        with contextlib.nullcontext() if known else model.disable_adapter(), torch.set_grad_enabled(grad):
+            if known:
+                model.set_adapter(name)
+            for n, p in parameters.items():
+                p.requires_grad_(grad and f".{name}." in n)
+            model.train(grad)  # train mode: checkpointing works; eval mode: the KV cache works
+            yield
+    finally:
+        model.set_adapter(active)
+        model.train(training)
+        for n, p in parameters.items():
+            p.requires_grad_(before[n])
+
+
+def adapter_parameters(model: Any, name: str) -> list[nn.Parameter]:
+    """The trainable tensors of one adapter."""
+    return [p for n, p in model.named_parameters() if f".{name}." in n]
+
+
+def hidden_states(model: Any, rows: Rows) -> Tensor:
+    """Last hidden states (R, L, d) of the backbone, without the language-model head."""
+    causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
+    backbone = getattr(causal_lm, causal_lm.base_model_prefix)
+    mask = attention_mask(rows, causal_lm.config, causal_lm.dtype)
+    output = backbone(input_ids=rows.input_ids, attention_mask=mask, position_ids=rows.position_ids, use_cache=False)
+    return output.last_hidden_state
+
+
+def lm_logits(model: Any, hidden: Tensor) -> Tensor:
+    """(..., d) -> (..., vocabulary), with Gemma 2's soft cap where the config has one."""
+    causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
+    logits = causal_lm.get_output_embeddings()(hidden)
+    cap = getattr(causal_lm.config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def response_logprobs(model: Any, rows: Rows, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies (S, T) of the supervised tokens under the active role; 0 where the mask is 0.
+
+    (S, T) states are picked by index_select, whose backward adds in a fixed order on CPU; plain indexing does not.
+    """
+    real = rows.mask.bool()
+    states = hidden_states(model, rows).flatten(0, 1).index_select(0, rows.state[real])
+    causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
+    chunk_size = max(1, 2**25 // causal_lm.config.vocab_size)  # 128 MiB of fp32 logits
+    values = chunked_logprobs(lambda h: lm_logits(model, h), states, rows.targets[real], temperature, chunk_size)
+    logprobs, entropy = (torch.zeros(real.shape, device=v.device).masked_scatter(real, v) for v in values)
+    return logprobs, entropy
+
+
+# ------------------------------------------------------------------------------------------------------ run folder
+def write_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write under a temporary name, then rename: a killed run leaves the old file or the new one, never half of one."""
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    with temporary.open("rb") as stream:
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON; sets become sorted lists."""
+    text = json.dumps(
+        value, indent=1, ensure_ascii=False, default=lambda v: sorted(v) if isinstance(v, set) else str(v)
+    )
+    write_file(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
+
+
+def open_run(args: Any, stage: str, accelerator: Accelerator) -> tuple[Path, dict | None]:
+    """(run folder, newest loadable checkpoint or None); an existing folder is renamed unless --resume is given."""
+    folder = Path(args.output_dir)
+    if args.resume and not (folder / "args.json").is_file():
+        raise UserError(f"--resume: {folder} is no run folder (args.json is missing); check --output_dir")
+    if args.resume:
+        recorded = json.loads((folder / "args.json").read_text())
+        changed = {k: v for k, v in asdict(args).items() if k not in ("resume", "report_to") and recorded.get(k) != v}
+        if changed:
+            flags = ", ".join(f"--{k} {v} (was {recorded.get(k)})" for k, v in changed.items())
+            raise UserError(f"--resume: {folder} was started with other settings: {flags}")
+    elif accelerator.is_main_process:
+        if folder.exists():
+            n = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.{n}").exists())
+            folder.rename(folder.with_name(f"{folder.name}.{n}"))
+            print(f"{stage}: the existing {folder} is now {folder}.{n}")
+        (folder / "checkpoint").mkdir(parents=True)
+        write_json(folder / "args.json", asdict(args))
+    accelerator.wait_for_everyone()
+    state = load_checkpoint(folder) if args.resume else None
+    for name in ("metrics.jsonl", "timing.jsonl"):  # cut back to the checkpoint's step
+        if args.resume and accelerator.is_main_process and (folder / name).is_file():
+            lines = [line for line in (folder / name).read_text().splitlines(keepends=True) if line.endswith("\n")]
+            kept = [line for line in lines if state is not None and json.loads(line)["step"] < state["step"]]
+            write_file(folder / name, partial(Path.write_text, data="".join(kept)))
+    return folder, state
+
+
+def load_checkpoint(folder: Path) -> dict | None:
+    """The newest checkpoint that loads; one that does not is named and the one before it is taken."""
+    for path in sorted((folder / "checkpoint").glob("step_*.pt"), reverse=True):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a damaged file raises
+            print(f"resume: {path} can't be loaded ({type(error).__name__}); trying the one before it")
+            continue
+        print(f"resume: from {path}")
+        return state
+    print(f"resume: no checkpoint in {folder / 'checkpoint'}; starting from the beginning")
+    return None
+
+
+def save_checkpoint(folder: Path, state: dict) -> None:
+    """Write checkpoint/step_NNNNNN.pt (loads with weights_only=True) and keep the last two."""
+    path = folder / "checkpoint" / f"step_{state['step']:06d}.pt"
+    write_file(path, lambda temporary: torch.save(state, temporary))
+    for old in sorted(path.parent.glob("step_*.pt"))[:-2]:
+        old.unlink()
+
+
+def log_step(folder: Path, metrics: dict, timing: dict, accelerator: Accelerator) -> None:
+    """One line each in metrics.jsonl (a function of the arguments alone) and timing.jsonl; trackers get both."""
+    if not accelerator.is_main_process:
+        return
+    for name, values in (("metrics", metrics), ("timing", {"step": metrics["step"], **timing})):
+        rounded = {k: v if isinstance(v, int) else float(f"{v:.8g}") for k, v in values.items()}
+        with (folder / f"{name}.jsonl").open("a") as stream:
+            stream.write(json.dumps(rounded) + "\n")
+    accelerator.log({**metrics, **timing}, step=metrics["step"])
+
+
+def save_adapter(folder: Path, model: Any, name: str, base: str, tokenizer: Any, head: Tensor | None = None) -> None:
+    """The adapter as a standard PEFT folder; with a head (1, d) one that AutoModelForSequenceClassification loads."""
+    from peft import get_peft_model_state_dict
+
+    config = {**model.peft_config[name].to_dict(), "base_model_name_or_path": base, "inference_mode": True}
+    weights = {k: v.contiguous().cpu() for k, v in get_peft_model_state_dict(model, adapter_name=name).items()}
+    if head is not None:
+        config |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+        weights[HEAD_KEY] = head.detach().float().cpu().contiguous()
+    write_json(folder / "adapter_config.json", config)
+    write_file(folder / "adapter_model.safetensors", lambda temporary: save_file(weights, temporary, {"format": "pt"}))
+    tokenizer.save_pretrained(folder)
+
+
+def warn_failed_gates(folder: Path) -> None:
+    """Say which gates of the earlier stage in `folder` failed; training goes on."""
+    report = json.loads((folder / "report.json").read_text()) if (folder / "report.json").is_file() else {"gates": []}
+    failed = [f"{gate['name']} {gate['value']:.3g}" for gate in report["gates"] if not gate["passed"]]
+    if failed:
+        print(f"warning: {folder} did not pass its own checks ({', '.join(failed)}); see {folder}/report.json")
+
+
+def write_report(folder: Path, stage: str, base: str, gates: list[tuple[str, float, float, bool]]) -> None:
+    """report.json: gates (name, value, threshold, passed), and the versions that ran."""
+    import importlib.metadata as packages
+
+    rows = [dict(zip(("name", "value", "threshold", "passed"), gate, strict=True)) for gate in gates]
+    versions = {
+        name: packages.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
+    }
+    passed = all(row["passed"] for row in rows)
+    write_json(
+        folder / "report.json", {"stage": stage, "passed": passed, "gates": rows, "versions": versions, "base": base}
+    )
+    for row in rows:
+        word = "passed" if row["passed"] else "FAILED"
+        print(f"{stage}: gate {row['name']} {word}: {row['value']:.4g} (threshold {row['threshold']:.4g})")
+
+
+def plot_curves(folder: Path, keys: list[str]) -> None:
+    """curves.png: each key of metrics.jsonl against the step."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("curves.png: not drawn, matplotlib is not installed")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    keys = [key for key in keys if any(key in row for row in rows)]
+    figure, axes = pyplot.subplots(1, len(keys), figsize=(3.6 * len(keys), 3), squeeze=False)
+    for axis, key in zip(axes[0], keys, strict=True):
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        axis.plot(*zip(*points, strict=True))
+        axis.set(title=key, xlabel="step")
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    write_file(folder / "curves.png", lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
+    pyplot.close(figure)
+
+
+# ------------------------------------------------------------------------------------------------------- optimiser
+def make_optimizer(parameters: list[nn.Parameter], weight_decay: float, device: Any) -> torch.optim.Optimizer:
+    """8-bit paged AdamW on a GPU, torch's AdamW elsewhere; the learning rate is set at every step."""
+    if device.type != "cuda":
+        return torch.optim.AdamW(parameters, lr=0.0, weight_decay=weight_decay)
+    import bitsandbytes
+
+    return bitsandbytes.optim.PagedAdamW8bit(parameters, lr=0.0, weight_decay=weight_decay)
+
+
+def update(optimizer: Any, learning_rate: float, max_grad_norm: float, accelerator: Accelerator) -> float:
+    """Sum gradients over processes, clip, step, clear; returns the norm before clipping.
+
+    Losses are divided by the global count before backward, so the sum over micro-batches and processes is the mean.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if accelerator.num_processes > 1:
+        for p in parameters:
+            p.grad = accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "sum")
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm.item()
+
+
+def global_sums(accelerator: Accelerator, *values: float) -> list[float]:
+    """The values summed over all processes, in float64."""
+    total = accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=accelerator.device), "sum")
+    return total.tolist()
+
+
+# ------------------------------------------------------------------------------------------------------ evaluation
+@torch.no_grad()
+def heldout_loss(model: Any, examples: list[dict], args: Args, pad_id: int, accelerator: Accelerator) -> float:
+    """Mean negative log-likelihood per supervised token, in nats; exp() of it is the perplexity."""
+    model.eval()
+    total = count = 0.0
+    for start in range(accelerator.process_index * 64, len(examples), 64 * accelerator.num_processes):
+        batch = examples[start : start + 64]
+        for rows in pack_examples(batch, args.packing, args.micro_batch_size, pad_id, accelerator.device):
+            logprobs, _ = response_logprobs(model, rows)
+            total, count = total - logprobs.sum().item(), count + rows.mask.sum().item()
+    total, count = global_sums(accelerator, total, count)
+    return total / count
+
+
+@torch.no_grad()
+def sample_responses(
+    model: Any, tokenizer: Any, prompts: list[list[int]], stop_ids: list[int], args: Args
+) -> list[list[int]]:
+    """Responses at temperature 1 (transformers' generate), seeded apart from training; the stop token is kept."""
+    model.eval()
+    settings = GenerationConfig(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=args.max_response_length,
+        eos_token_id=stop_ids, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    width = max(len(ids) for ids in prompts)
+    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    with torch.random.fork_rng():
+        torch.manual_seed(args.seed)
+        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)[:, width:].tolist()
+    ends = [next((t + 1 for t, token in enumerate(row) if token in stop_ids), len(row)) for row in output]
+    return [row[:end] for row, end in zip(output, ends, strict=True)]
+
+
+def main(args: Args) -> None:
+    """Supervised fine-tuning on assistant tokens (sft.py)."""
+    accelerator = Accelerator(log_with=args.report_to)
+    device = accelerator.device
+    torch.manual_seed(args.seed)
+
+    # 1. Model and tokenizer: a base, or the run folder of an earlier adapter to train on
+    if args.lora_r == 0 and find_adapter(args.model, args.revision):
+        raise UserError(f"--lora_r 0 trains all weights of a whole model, but {args.model} is an adapter")
+    model, tokenizer, stop_ids, adapter, base = load_model(args, device)
+    if args.lora_r == 0 and args.quant == "nf4":
+        raise UserError("--lora_r 0 trains all weights; 4-bit weights can't be trained, add --quant none")
+    if args.lora_r != 0:
+        model = add_adapter(model, "policy", adapter, args)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    # 2. Data: token ids and a mask that is 1 on assistant tokens
+    def encode(row: dict) -> list[dict]:
+        return encode_sft(row, tokenizer, stop_ids, args)
+
+    columns = [("messages",), ("prompt", "completion"), ("text",)]
+    examples = encode_rows(args.dataset, args.dataset_split, columns, encode)
+    if args.eval_dataset or args.dataset == Args.dataset:
+        heldout = encode_rows(args.eval_dataset or str(TINY / "sft_eval.jsonl"), args.dataset_split, columns, encode)
+    else:
+        examples, heldout = hold_out(examples, args.eval_size, args.seed)
+    lengths = [len(e["ids"]) for e in examples]
+    total_steps = math.ceil(args.epochs * len(examples) / args.batch_size)
+    total_steps = min(total_steps, args.max_steps) if args.max_steps else total_steps
+    print(
+        f"sft: {sum(p.numel() for p in parameters):,} of {sum(p.numel() for p in model.parameters()):,} weights train; "
+        f"{len(examples)} examples of {np.mean(lengths):.0f} tokens, {len(heldout)} held out; {total_steps} steps of "
+        f"{args.batch_size}; {args.quant}, {args.dtype}, {device.type} x {accelerator.num_processes}"
+    )
+
+    optimizer = make_optimizer(parameters, args.weight_decay, device)
+    folder, state = open_run(args, "sft", accelerator)
+    accelerator.init_trackers("sft", config={k: str(v) for k, v in asdict(args).items()})
+    first_loss = heldout_loss(model, heldout, args, tokenizer.pad_token_id, accelerator) if heldout else math.nan
+    first_step = 0
+    if state is not None:
+        first_step, first_loss = state["step"], state["first_loss"]
+        for p, saved in zip(parameters, state["parameters"], strict=True):
+            p.data.copy_(saved)
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+
+    # 3. Training
+    for step in range(first_step, total_steps):
+        start = time.time()
+        batch = [examples[i] for i in batch_indices(step, lengths, args.batch_size, args.seed)]
+        (n_tokens,) = global_sums(accelerator, sum(sum(e["mask"]) for e in batch) / accelerator.num_processes)
+        mine = batch[accelerator.process_index :: accelerator.num_processes]
+
+        # 3.1 Gradient of the mean over the batch's assistant tokens, summed up over micro-batches
+        model.train()
+        loss_sum = entropy_sum = 0.0
+        for rows in pack_examples(mine, args.packing, args.micro_batch_size, tokenizer.pad_token_id, device):
+            logprobs, entropy = response_logprobs(model, rows)
+            loss = sft_loss(logprobs, rows.mask, n_tokens)
+            loss.backward()
+            loss_sum, entropy_sum = loss_sum + loss.item(), entropy_sum + entropy.sum().item() / n_tokens
+
+        # 3.2 Update, log, save
+        learning_rate = learning_rate_at(step, total_steps, args.learning_rate, args.warmup_ratio)
+        grad_norm = update(optimizer, learning_rate, args.max_grad_norm, accelerator)
+        loss_sum, entropy_sum = global_sums(accelerator, loss_sum, entropy_sum)
+        metrics = {"step": step, "loss": loss_sum, "entropy": entropy_sum, "tokens": int(n_tokens)}
+        metrics |= {"grad_norm": grad_norm, "learning_rate": learning_rate}
+        last = step + 1 == total_steps
+        if heldout and (last or (args.eval_every and (step + 1) % args.eval_every == 0)):
+            metrics["heldout_loss"] = heldout_loss(model, heldout, args, tokenizer.pad_token_id, accelerator)
+        seconds = time.time() - start
+        peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+        timing = {
+            "seconds": seconds,
+            "tokens_per_second": sum(len(e["ids"]) for e in batch) / seconds,
+            "peak_bytes": peak,
+        }
+        log_step(folder, metrics, timing, accelerator)
+        if accelerator.is_main_process and (step % 10 == 0 or last or "heldout_loss" in metrics):
+            heldout_text = f" | held-out {metrics['heldout_loss']:.3f}" if "heldout_loss" in metrics else ""
+            print(f"step {step + 1:5d}/{total_steps} | loss {loss_sum:.3f} | {seconds:.2f} s{heldout_text}", flush=True)
+        if args.save_every and (step + 1) % args.save_every == 0 and accelerator.is_main_process:
+            values = [p.detach().cpu() for p in parameters]
+            saved = {"step": step + 1, "first_loss": first_loss, "parameters": values, "rng": torch.get_rng_state()}
+            save_checkpoint(folder, {**saved, "optimizer": optimizer.state_dict()})
+
+    # 4. Result: the adapter (or the model), samples on held-out prompts, gates for the next stage
+    if not accelerator.is_main_process:
+        return
+    write_json(folder / "args.json", asdict(args))
+    if args.lora_r == 0:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    else:
+        save_adapter(folder, model, "policy", base, tokenizer)
+    gates = []
+    if heldout:
+        final_loss = heldout_loss(model, heldout, args, tokenizer.pad_token_id, accelerator)
+        print(f"sft: held-out loss {first_loss:.3f} -> {final_loss:.3f} nats, perplexity {math.exp(final_loss):.2f}")
+        prompts = [e["ids"][: e["mask"].index(1)] for e in heldout[:64]]
+        responses = sample_responses(model, tokenizer, prompts, stop_ids, args)
+        ended = [response[-1] in stop_ids for response in responses]
+        lines = []
+        for prompt, response in zip(prompts, responses, strict=True):
+            texts = {
+                "prompt": tokenizer.decode(prompt),
+                "response": tokenizer.decode(response, skip_special_tokens=True),
+            }
+            lines.append(json.dumps(texts, ensure_ascii=False))
+        write_file(folder / "samples.jsonl", lambda temporary: temporary.write_text("\n".join(lines) + "\n"))
+        for line in lines[:3]:
+            print(f"sft: sample {line}")
+        drop, eos_rate = first_loss - final_loss, float(np.mean(ended))
+        gates = [("heldout_loss_drop", drop, 0.0, drop > 0), ("eos_rate", eos_rate, 0.5, eos_rate >= 0.5)]
+    write_report(folder, "sft", base_identity(base), gates)
+    plot_curves(folder, ["loss", "heldout_loss", "grad_norm"])
+    print(f"sft: wrote {folder}")
+
+
+if __name__ == "__main__":
+    run_cli(main, Args)
