@@ -40,6 +40,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -48,12 +49,12 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+import transformers
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -572,23 +573,14 @@ def lay_out_rollout(
     The same rows serve old log-probs, reference, values, scores and updates, so the first ratio is 1 to rounding.
     """
     width = max(len(y) for _, responses in groups for y in responses)
-    numbered: list[tuple[list[int], Group]] = []
-    n = 0
-    for prompt, responses in groups:
-        for k in range(0, len(responses), args.micro_batch_size):
-            some = responses[k : k + args.micro_batch_size]
-            numbered.append((list(range(n, n + len(some))), (prompt, some)))
-            n += len(some)
-    numbered.sort(key=lambda pair: len(pair[1][0]) + max(map(len, pair[1][1])))  # similar lengths: little padding
-    batches, start = [], 0
-    while start < len(numbered):
-        stop, size = start, 0
-        while stop < len(numbered) and size + len(numbered[stop][0]) <= args.micro_batch_size:
-            size, stop = size + len(numbered[stop][0]), stop + 1
-        part = [group for _, group in numbered[start:stop]]
-        rows = lay_out(part, share_prompts(part, config), pad_id, device, width)
-        batches.append(([i for numbers, _ in numbered[start:stop] for i in numbers], rows))
-        start = stop
+    size = min(len(groups[0][1]), args.micro_batch_size)  # a prompt with more responses is laid out several times
+    parts = [(prompt, ys[k : k + size]) for prompt, ys in groups for k in range(0, len(ys), size)]
+    order = sorted(range(len(parts)), key=lambda i: len(parts[i][0]) + max(map(len, parts[i][1])))  # little padding
+    batches, n = [], args.micro_batch_size // size
+    for chosen in (order[i : i + n] for i in range(0, len(order), n)):
+        some = [parts[i] for i in chosen]
+        rows = lay_out(some, share_prompts(some, config), pad_id, device, width)
+        batches.append(([i * size + k for i in chosen for k in range(size)], rows))
     return batches
 
 
@@ -669,29 +661,26 @@ def base_identity(base: str) -> str:
 def load_base(base: str, args: Any, device: Any, kind: Any = None) -> Any:
     """The model (of class `kind`; by default a causal language model) in eval mode; nf4: double quantisation."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns on import that an optional package is missing
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")  # about calls between the two
+    transformers.utils.logging.disable_progress_bar()
     kind, dtype = kind or AutoModelForCausalLM, getattr(torch, args.dtype)
     options: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
     options["revision"] = args.revision if base == args.model else None
     try:
         if args.quant == "nf4":
-            keep = ["lm_head", "score"]
-            if device.type == "cpu":  # bitsandbytes' CPU kernel wants rows of whole 64-blocks
-                with torch.device("meta"):
-                    empty = kind.from_config(AutoConfig.from_pretrained(base, **options))
-                odd = [n for n, m in empty.named_modules() if isinstance(m, nn.Linear) and m.in_features % 64]
-                keep += odd
-                if odd:
-                    print(f"model: {len(odd)} layers stay unquantised, in_features is no multiple of 64: {odd[0]}, ...")
             options["device_map"] = {"": device}
             options["quantization_config"] = BitsAndBytesConfig(
                 load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=keep,
+                bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=["lm_head", "score"],
             )  # fmt: skip
         model = kind.from_pretrained(base, dtype=dtype, **options).to(device).eval()
     except (OSError, ValueError) as error:
         raise UserError(f"model {base}: can't be loaded ({str(error).splitlines()[0]})") from error
-    # bitsandbytes repacks CPU weights at the first eval-mode pass without gradients, which moves logits by a bf16 step:
-    # do it now, or a resumed run would differ from an uninterrupted one.
+    for module in model.modules():  # on CPUs with AVX512-BF16 bitsandbytes would repack 4-bit weights at the first eval
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # pass, and packed weights pass no gradient to their input
+            module.support_avx512bf16_for_cpu = False
+            if device.type == "cpu" and module.in_features % 64 in (16, 32, 48):
+                raise UserError(f"model {base}: bitsandbytes misreads {module.in_features} inputs on CPU; --quant none")
     probe = [token % model.config.vocab_size for token in range(8)]
     with torch.no_grad():
         logits = model(torch.tensor([probe], device=device)).logits.float()
@@ -720,6 +709,15 @@ def choose_precision(args: Any, adapter: Path | None, device: Any) -> tuple[Any,
     return quant, dtype
 
 
+def no_dropout(model: Any) -> None:
+    """Set every dropout to 0: two passes over the same tokens must agree (in RL their ratio is trained on)."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
 def load_model(args: Any, device: Any) -> tuple[Any, Any, list[int], Path | None, str]:
     """(base model, tokenizer, stop ids, adapter folder or None, base path or id) of --model; settles "auto" in args."""
     adapter = find_adapter(args.model, args.revision)
@@ -731,6 +729,7 @@ def load_model(args: Any, device: Any) -> tuple[Any, Any, list[int], Path | None
     model = load_base(base, args, device)
     if device.type == "cuda" if args.gradient_checkpointing is None else args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    no_dropout(model)
     return model, tokenizer, find_stop_ids(tokenizer, model.generation_config), adapter, base
 
 
@@ -754,7 +753,7 @@ def add_adapter(model: Any, name: str, folder: Path | None, args: Any) -> Any:
             if asked and (set(asked) != set(loaded) if flag == "lora_target_modules" else asked != loaded):
                 raise UserError(f"--{flag} {asked} contradicts {folder}, trained with {loaded}; drop the flag")
         config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, False
-        config.lora_dropout = 0.0
+        config.lora_dropout, config.base_model_name_or_path = 0.0, None
     if hasattr(model, "peft_config"):
         model.add_adapter(name, config)
     else:
@@ -769,15 +768,6 @@ def add_adapter(model: Any, name: str, folder: Path | None, args: Any) -> Any:
         if len(wanted) != len(weights) or result.unexpected_keys:
             raise UserError(f"{folder}: adapter_model.safetensors does not fit this base model's layers")
     return model
-
-
-def no_dropout(model: Any) -> None:
-    """Set every dropout to 0: the ratio of two passes over the same tokens must be 1 before the first update."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
 
 
 @contextlib.contextmanager
@@ -937,9 +927,7 @@ def load_reward_model(source: str, model: Any, base: str, tokenizer: Any, args: 
             rows = lay_out([(prompt, [response])], False, reward_tokenizer.pad_token_id, device)
             scores.append(head_scores(host, head, rows).item() - card["mean"])
     if (args.quant, args.dtype) != (card["quant"], card["dtype"]):
-        print(
-            f"reward model: trained in {card['quant']}, {card['dtype']}; now the policy's {args.quant}, {args.dtype}"
-        )
+        print(f"reward model: trained in {card['quant']}, {card['dtype']}; now the policy's {args.quant}, {args.dtype}")
     check_canaries(scores, card, args.quant, args.dtype, str(folder))
     return reward
 
@@ -1514,7 +1502,6 @@ def load_roles(args: Args, device: Any) -> tuple[Any, Any, list[int], Any, nn.Li
     else:
         reward = load_reward_model(args.reward_model or str(TINY / "reward"), model, base, tokenizer, args, device)
     critic_head = add_critic(model, reward, adapter, args)
-    no_dropout(model)
     return model, tokenizer, stop_ids, reward, critic_head, base
 
 
@@ -1670,6 +1657,7 @@ def main(args: Args) -> None:
     low = interval(after[name] - before[name])[1]
     write_report(folder, "ppo", base_identity(base), [*gates, (f"{name}_low", low, 0.0, bool(low > 0))])
     plot_curves(folder, ["score", "gold", "kl", "entropy", "response_length", "explained_variance"])
+    accelerator.end_training()
     print(f"ppo: wrote {folder}")
 
 

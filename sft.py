@@ -20,8 +20,8 @@ Data (hub id, or local .jsonl, .json, .parquet; one of these column sets):
     prompt, completion       strings (a string prompt is one user message) or message lists
     text                     plain text, every token counts; longer than the window: cut into consecutive windows
 
-Writes runs/sft/: the LoRA adapter in PEFT's format (a whole model with --lora_r 0), tokenizer, args.json, metrics.jsonl,
-timing.jsonl, samples.jsonl, curves.png, report.json, checkpoint/.
+Writes runs/sft/: the LoRA adapter in PEFT's format (a whole model with --lora_r 0), tokenizer, args.json, report.json,
+metrics.jsonl, timing.jsonl, samples.jsonl, curves.png, checkpoint/.
 """
 
 import contextlib
@@ -32,6 +32,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -40,12 +41,12 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+import transformers
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -350,7 +351,8 @@ def encode_sft(row: dict, tokenizer: Any, stop_ids: list[int], args: Args) -> li
         examples = [(ids, [0] * last_prompt + mask[last_prompt:])]
     if any(len(ids) > window for ids, _ in examples):
         raise BadRow(f"over {window} tokens")
-    return [{"ids": ids, "mask": mask, "key": json.dumps(messages[:1])} for ids, mask in examples]
+    key = json.dumps([m for m in messages if m["role"] != "system"][:1])
+    return [{"ids": ids, "mask": mask, "key": key} for ids, mask in examples]
 
 
 def batch_indices(step: int, lengths: list[int], batch_size: int, seed: int) -> list[int]:
@@ -543,29 +545,26 @@ def base_identity(base: str) -> str:
 def load_base(base: str, args: Any, device: Any, kind: Any = None) -> Any:
     """The model (of class `kind`; by default a causal language model) in eval mode; nf4: double quantisation."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns on import that an optional package is missing
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")  # about calls between the two
+    transformers.utils.logging.disable_progress_bar()
     kind, dtype = kind or AutoModelForCausalLM, getattr(torch, args.dtype)
     options: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
     options["revision"] = args.revision if base == args.model else None
     try:
         if args.quant == "nf4":
-            keep = ["lm_head", "score"]
-            if device.type == "cpu":  # bitsandbytes' CPU kernel wants rows of whole 64-blocks
-                with torch.device("meta"):
-                    empty = kind.from_config(AutoConfig.from_pretrained(base, **options))
-                odd = [n for n, m in empty.named_modules() if isinstance(m, nn.Linear) and m.in_features % 64]
-                keep += odd
-                if odd:
-                    print(f"model: {len(odd)} layers stay unquantised, in_features is no multiple of 64: {odd[0]}, ...")
             options["device_map"] = {"": device}
             options["quantization_config"] = BitsAndBytesConfig(
                 load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=keep,
+                bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=["lm_head", "score"],
             )  # fmt: skip
         model = kind.from_pretrained(base, dtype=dtype, **options).to(device).eval()
     except (OSError, ValueError) as error:
         raise UserError(f"model {base}: can't be loaded ({str(error).splitlines()[0]})") from error
-    # bitsandbytes repacks CPU weights at the first eval-mode pass without gradients, which moves logits by a bf16 step:
-    # do it now, or a resumed run would differ from an uninterrupted one.
+    for module in model.modules():  # on CPUs with AVX512-BF16 bitsandbytes would repack 4-bit weights at the first eval
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # pass, and packed weights pass no gradient to their input
+            module.support_avx512bf16_for_cpu = False
+            if device.type == "cpu" and module.in_features % 64 in (16, 32, 48):
+                raise UserError(f"model {base}: bitsandbytes misreads {module.in_features} inputs on CPU; --quant none")
     probe = [token % model.config.vocab_size for token in range(8)]
     with torch.no_grad():
         logits = model(torch.tensor([probe], device=device)).logits.float()
@@ -594,6 +593,15 @@ def choose_precision(args: Any, adapter: Path | None, device: Any) -> tuple[Any,
     return quant, dtype
 
 
+def no_dropout(model: Any) -> None:
+    """Set every dropout to 0: two passes over the same tokens must agree (in RL their ratio is trained on)."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+
+
 def load_model(args: Any, device: Any) -> tuple[Any, Any, list[int], Path | None, str]:
     """(base model, tokenizer, stop ids, adapter folder or None, base path or id) of --model; settles "auto" in args."""
     adapter = find_adapter(args.model, args.revision)
@@ -605,6 +613,7 @@ def load_model(args: Any, device: Any) -> tuple[Any, Any, list[int], Path | None
     model = load_base(base, args, device)
     if device.type == "cuda" if args.gradient_checkpointing is None else args.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    no_dropout(model)
     return model, tokenizer, find_stop_ids(tokenizer, model.generation_config), adapter, base
 
 
@@ -628,7 +637,7 @@ def add_adapter(model: Any, name: str, folder: Path | None, args: Any) -> Any:
             if asked and (set(asked) != set(loaded) if flag == "lora_target_modules" else asked != loaded):
                 raise UserError(f"--{flag} {asked} contradicts {folder}, trained with {loaded}; drop the flag")
         config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, False
-        config.lora_dropout = 0.0
+        config.lora_dropout, config.base_model_name_or_path = 0.0, None
     if hasattr(model, "peft_config"):
         model.add_adapter(name, config)
     else:
@@ -929,6 +938,8 @@ def main(args: Args) -> None:
         raise UserError("--lora_r 0 trains all weights; 4-bit weights can't be trained, add --quant none")
     if args.lora_r != 0:
         model = add_adapter(model, "policy", adapter, args)
+    if adapter:
+        warn_failed_gates(adapter)
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     # 2. Data: token ids and a mask that is 1 on assistant tokens
@@ -1033,6 +1044,7 @@ def main(args: Args) -> None:
         gates = [("heldout_loss_drop", drop, 0.0, drop > 0), ("eos_rate", eos_rate, 0.5, eos_rate >= 0.5)]
     write_report(folder, "sft", base_identity(base), gates)
     plot_curves(folder, ["loss", "heldout_loss", "grad_norm"])
+    accelerator.end_training()
     print(f"sft: wrote {folder}")
 
 
