@@ -124,7 +124,7 @@ class Args:
     missing_eos_penalty: float = arg(1.0, "subtracted from the score of a response that did not end")
     score_clip: float = arg(0.0, "scores are clipped to +- this; 0: not")
     # PPO
-    kl_coef: float = arg(0.05, "weight of the KL penalty towards the reference in the per-token reward")
+    kl_coef: float = arg(0.1, "weight of the KL penalty towards the reference in the per-token reward")
     kl_target: float = arg(0.0, "adapt kl_coef to hold this KL (nats per response); 0: fixed")
     kl_horizon: int = arg(10000, "responses over which kl_coef adapts")
     gamma: float = arg(1.0, "discount")
@@ -141,7 +141,7 @@ class Args:
     ptx_dataset: str | None = arg(None, "PPO-ptx: `text` data whose log-likelihood is added to the objective")
     ptx_coef: float = arg(1.0, "PPO-ptx: its weight (InstructGPT's gamma)")
     # optimisation
-    learning_rate: float = arg(1e-3, "policy's peak learning rate; 1e-5 to 5e-5 is usual for LoRA on 7B")
+    learning_rate: float = arg(5e-4, "policy's peak learning rate; 1e-5 to 5e-5 is usual for LoRA on 7B")
     critic_learning_rate: float = arg(1e-3, "critic's peak learning rate")
     warmup_ratio: float = arg(0.05, "share of the steps with rising learning rate; cosine to a tenth after it")
     weight_decay: float = arg(0.0, "AdamW weight decay")

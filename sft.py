@@ -104,7 +104,7 @@ class Args:
     last_turn_only: bool = arg(False, "supervise the last assistant turn only, not every one")
     packing: bool = arg(True, "several examples per row, blind to each other; same loss, less padding")
     # optimisation
-    learning_rate: float = arg(1e-3, "peak learning rate; 2e-4 is usual for LoRA on 7B, 1e-5 for all weights")
+    learning_rate: float = arg(2e-3, "peak learning rate; 2e-4 is usual for LoRA on 7B, 1e-5 for all weights")
     warmup_ratio: float = arg(0.05, "share of the steps with rising learning rate; cosine to a tenth after it")
     weight_decay: float = arg(0.0, "AdamW weight decay")
     max_grad_norm: float = arg(1.0, "gradients longer than this are scaled down to it")
