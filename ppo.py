@@ -34,6 +34,7 @@ samples.jsonl (held-out responses of the reference and of the policy), report.js
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -51,6 +52,7 @@ import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -95,7 +97,7 @@ def arg(default: Any, help: str) -> Any:
 @dataclass
 class Args:
     # roles
-    model: str = arg(str(TINY / "sft"), "policy and reference start here: base model or run folder, hub or local")
+    model: str = arg(str(TINY / "sft"), "base model or run folder: hub id or local path")
     reward_model: str | None = arg(None, "run folder or model with one score; default: tiny/reward unless --reward_fn")
     reward_fn: str | None = arg(None, "file.py:function that scores responses instead of a reward model")
     gold_fn: str | None = arg(
@@ -108,7 +110,9 @@ class Args:
     chat_template: str | None = arg(None, "plain, text (no markup) or a Jinja file; default: the tokenizer's own")
     lora_r: int | None = arg(None, "LoRA rank; default: the loaded adapter's, else 16; 0 trains all weights (sft only)")
     lora_alpha: float | None = arg(None, "LoRA scale numerator; default: the loaded adapter's, else 2 * rank")
-    lora_target_modules: list[str] | None = arg(None, "layers; default: the loaded adapter's, else all linear")
+    lora_target_modules: list[str] | None = arg(
+        None, "layers with LoRA; default: the loaded adapter's, else all linear"
+    )
     gradient_checkpointing: bool | None = arg(None, "recompute activations in backward; default: on a GPU")
     # data
     dataset: str = arg(str(TINY / "prompts.jsonl"), "training data: hub id or local .jsonl, .json, .parquet")
@@ -141,19 +145,23 @@ class Args:
     ptx_dataset: str | None = arg(None, "PPO-ptx: `text` data whose log-likelihood is added to the objective")
     ptx_coef: float = arg(1.0, "PPO-ptx: its weight (InstructGPT's gamma)")
     # optimisation
-    learning_rate: float = arg(5e-4, "policy's peak learning rate; 1e-5 to 5e-5 is usual for LoRA on 7B")
+    learning_rate: float = arg(
+        5e-4, "peak learning rate; for LoRA on 7B 2e-4 (sft), 1e-4 (reward), 2e-5 (RL) are usual"
+    )
     critic_learning_rate: float = arg(1e-3, "critic's peak learning rate")
     warmup_ratio: float = arg(0.05, "share of the steps with rising learning rate; cosine to a tenth after it")
     weight_decay: float = arg(0.0, "AdamW weight decay")
     max_grad_norm: float = arg(1.0, "gradients longer than this are scaled down to it")
-    batch_size: int = arg(128, "responses per step, all processes together")
-    micro_batch_size: int = arg(32, "responses per forward pass: memory, not the result")
+    batch_size: int = arg(
+        128, "examples per step, all processes together (reward: prompts with all their pairs; RL: responses)"
+    )
+    micro_batch_size: int = arg(32, "rows (reward: prompts; RL: responses) per forward pass: memory, not the result")
     epochs: float = arg(2.5, "passes over the dataset")
     max_steps: int = arg(0, "stop after this many steps; 0: no limit; the smaller bound wins")
     # run
     output_dir: str = arg("runs/ppo", "run folder; an existing one is renamed unless --resume")
     seed: int = arg(0, "decides everything on CPU")
-    eval_every: int = arg(0, "steps between evaluations; 0: at the start and the end")
+    eval_every: int = arg(0, "steps between evaluations on held-out data; 0: at the end only")
     save_every: int = arg(0, "steps between checkpoints; 0: none")
     resume: bool = arg(False, "continue from the newest checkpoint of --output_dir")
     report_to: list[str] | None = arg(None, "trackers that accelerate knows: wandb, tensorboard, ...")
@@ -333,8 +341,11 @@ def read_rows(source: str, split: str, skipped: dict[str, list]) -> list[dict]:
             raise UserError(f"{source}: no such .jsonl, .json or .parquet file")
         else:
             data = load_dataset(source, split=split)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"dataset {source}, split {split}: can't be read ({str(error).splitlines()[0]})") from error
+    except UserError:
+        raise
+    except Exception as error:  # whatever datasets raises
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"dataset {source}, split {split}: can't be read ({reason})") from error
     return [{**row, "_row": number} for number, row in enumerate(data, 1)]
 
 
@@ -391,7 +402,7 @@ def render(tokenizer: Any, messages: list[dict], add_generation_prompt: bool) ->
 
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except (TemplateError, TypeError, KeyError) as error:
+    except (TemplateError, TypeError, KeyError, ValueError) as error:
         raise BadRow("refused by the chat template", str(error)) from error
 
 
@@ -436,7 +447,7 @@ def encode_response(tokenizer: Any, prompt: str | list[dict], response: str, sto
 
 def encode_rl(row: dict, tokenizer: Any, max_prompt_length: int) -> list[dict]:
     """One row -> [{"ids", "prompt", "columns", "key"}]; columns are what reward functions may want."""
-    if isinstance(row["prompt"], str) and not row["prompt"].strip():
+    if not any(str(m["content"]).strip() for m in to_messages(row["prompt"])):
         raise BadRow("empty prompt")
     ids = encode_prompt(tokenizer, row["prompt"])
     if len(ids) > max_prompt_length:
@@ -565,23 +576,29 @@ def lay_out(groups: list[Group], shared: bool, pad_id: int, device: Any, width: 
     return build_rows(rows, spots, pad_id, device, width)
 
 
-def lay_out_rollout(
-    groups: list[Group], args: Args, config: Any, pad_id: int, device: Any
-) -> list[tuple[list[int], Rows]]:
-    """All responses as micro-batches [(numbers of the responses, Rows)], laid out once for every pass of every role.
+Micro = tuple[list[int], Rows]  # numbers of the responses, and their rows
 
-    The same rows serve old log-probs, reference, values, scores and updates, so the first ratio is 1 to rounding.
+
+def lay_out_rollout(groups: list[Group], args: Args, config: Any, pad_id: int, device: Any) -> list[list[Micro]]:
+    """All responses as minibatches of micro-batches, laid out once for every pass of every role.
+
+    The same rows serve old log-probs, reference, values, scores and updates, so the first ratio is 1 to rounding. Which
+    minibatch a response belongs to depends on its place alone: micro_batch_size changes memory, not the result.
     """
-    width = max(len(y) for _, responses in groups for y in responses)
-    size = min(len(groups[0][1]), args.micro_batch_size)  # a prompt with more responses is laid out several times
-    parts = [(prompt, ys[k : k + size]) for prompt, ys in groups for k in range(0, len(ys), size)]
-    order = sorted(range(len(parts)), key=lambda i: len(parts[i][0]) + max(map(len, parts[i][1])))  # little padding
-    batches, n = [], args.micro_batch_size // size
-    for chosen in (order[i : i + n] for i in range(0, len(order), n)):
-        some = [parts[i] for i in chosen]
-        rows = lay_out(some, share_prompts(some, config), pad_id, device, width)
-        batches.append(([i * size + k for i in chosen for k in range(size)], rows))
-    return batches
+    owners = [g for g, (_, responses) in enumerate(groups) for _ in responses]
+    ids = [y for _, responses in groups for y in responses]
+    longest = [len(prompt) + max(map(len, responses)) for prompt, responses in groups]
+    width = max(map(len, ids))
+    minibatches: list[list[Micro]] = []
+    for part in np.array_split(np.arange(len(ids)), args.minibatches):
+        order = sorted(part.tolist(), key=lambda i: longest[owners[i]])  # similar lengths: little padding
+        minibatches.append([])
+        for numbers in (order[k : k + args.micro_batch_size] for k in range(0, len(order), args.micro_batch_size)):
+            same_prompt = itertools.groupby(numbers, key=lambda i: owners[i])
+            some = [(groups[g][0], [ids[i] for i in members]) for g, members in same_prompt]
+            rows = lay_out(some, share_prompts(some, config), pad_id, device, width)
+            minibatches[-1].append((numbers, rows))
+    return minibatches
 
 
 # ----------------------------------------------------------------------------------------------------------- model
@@ -637,15 +654,19 @@ def find_stop_ids(tokenizer: Any, generation_config: Any) -> list[int]:
         eos = generation_config.eos_token_id
         ids |= set(eos) if isinstance(eos, list) else {eos}
     user = [{"role": "user", "content": "a"}]
-    whole = render(tokenizer, [*user, {"role": "assistant", "content": "XYZ"}], False)
+    try:
+        whole = render(tokenizer, [*user, {"role": "assistant", "content": "XYZ"}], False)
+    except BadRow as bad:
+        raise UserError(f"chat template: {bad.args[0]} ({bad.args[1]})") from bad
     after = tokenizer(whole.rpartition("XYZ")[2].lstrip(), add_special_tokens=False)["input_ids"]
-    if after and after[0] in tokenizer.all_special_ids:
+    token = tokenizer.added_tokens_decoder.get(after[0]) if after else None
+    if token is not None and token.special:
         ids.add(after[0])
     return sorted(ids)
 
 
 def base_identity(base: str) -> str:
-    """Hash of the config and of the weight files' names, sizes and first bytes: adapters of one base agree in it."""
+    """Hash of the config and of the weight files' names, sizes and some bytes: adapters of one base agree in it."""
     from transformers.utils import cached_file
 
     config = Path(str(cached_file(base, "config.json")))
@@ -654,7 +675,10 @@ def base_identity(base: str) -> str:
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for file in sorted([*config.parent.glob("*.safetensors"), *config.parent.glob("*.bin")]):
         with file.open("rb") as stream:
-            digest.update(f"{file.name} {file.stat().st_size}".encode() + stream.read(4096))
+            digest.update(f"{file.name} {file.stat().st_size}".encode())
+            for sixteenth in range(16):  # the beginning alone is a header: names and shapes
+                stream.seek(file.stat().st_size * sixteenth // 16)
+                digest.update(stream.read(4096))
     return digest.hexdigest()[:16]
 
 
@@ -676,6 +700,8 @@ def load_base(base: str, args: Any, device: Any, kind: Any = None) -> Any:
         model = kind.from_pretrained(base, dtype=dtype, **options).to(device).eval()
     except (OSError, ValueError) as error:
         raise UserError(f"model {base}: can't be loaded ({str(error).splitlines()[0]})") from error
+    if device.type == "cpu" and model.num_parameters() < 10**7:
+        torch.set_num_threads(1)  # so small a model gains little from threads, and loses much where cores are shared
     for module in model.modules():  # on CPUs with AVX512-BF16 bitsandbytes would repack 4-bit weights at the first eval
         if hasattr(module, "support_avx512bf16_for_cpu"):  # pass, and packed weights pass no gradient to their input
             module.support_avx512bf16_for_cpu = False
@@ -761,12 +787,15 @@ def add_adapter(model: Any, name: str, folder: Path | None, args: Any) -> Any:
     if folder is not None:
         if not (folder / "adapter_model.safetensors").is_file():
             raise UserError(f"{folder}: adapter_model.safetensors is missing; is the run unfinished?")
-        weights = load_file(folder / "adapter_model.safetensors")
+        try:
+            weights = load_file(folder / "adapter_model.safetensors")
+        except SafetensorError as error:
+            raise UserError(f"{folder}: adapter_model.safetensors is damaged ({error})") from error
         weights.pop(HEAD_KEY, None)
-        wanted = {k for k in model.state_dict() if f".{name}." in k}
-        result: Any = set_peft_model_state_dict(model, weights, adapter_name=name)
-        if len(wanted) != len(weights) or result.unexpected_keys:
+        shapes = {k.replace(f".{name}.", "."): v.shape for k, v in model.state_dict().items() if f".{name}." in k}
+        if shapes != {k: v.shape for k, v in weights.items()}:
             raise UserError(f"{folder}: adapter_model.safetensors does not fit this base model's layers")
+        set_peft_model_state_dict(model, weights, adapter_name=name)
     return model
 
 
@@ -956,7 +985,10 @@ def load_function(spec: str) -> Callable:
     module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"{spec}: {file} can't be loaded ({type(error).__name__}: {error})") from error
     if not callable(getattr(module, name, None)):
         raise UserError(f"{spec}: {file} has no function {name}")
     return getattr(module, name)
@@ -964,15 +996,16 @@ def load_function(spec: str) -> Callable:
 
 def call_function(function: Callable, spec: str, prompts: list[dict], responses: list[str]) -> np.ndarray:
     """function(prompts, responses, **columns) -> (B,) float64, NaN where it returned None."""
-    columns = {name: [p["columns"].get(name) for p in prompts] for name in prompts[0]["columns"]}
+    names = sorted({name for p in prompts for name in p["columns"]})  # rows may lack some
+    columns = {name: [p["columns"].get(name) for p in prompts] for name in names}
     try:
-        values = function([p["prompt"] for p in prompts], responses, **columns)
+        values = list(function([p["prompt"] for p in prompts], responses, **columns))
     except Exception as error:
         raise UserError(f"{spec} raised {type(error).__name__}: {error}") from error
     if len(values) != len(responses):
         raise UserError(f"{spec} returned {len(values)} values for {len(responses)} responses")
     for value, prompt, response in zip(values, prompts, responses, strict=True):
-        if value is not None and not math.isfinite(value):
+        if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
             raise UserError(f"{spec} returned {value} for prompt {prompt['prompt']!r}, response {response!r}")
     return np.array([math.nan if value is None else float(value) for value in values])
 
@@ -1044,10 +1077,14 @@ class Rollout(NamedTuple):
     prompts: list[dict]  # B, the prompt of each response
     responses: list[list[int]]  # B, token ids, the end token included
     texts: list[str]  # B, without special tokens
-    batches: list[tuple[list[int], Rows]]  # micro-batches: numbers of the responses, rows
+    minibatches: list[list[Micro]]
     mask: Tensor  # (B, T)
     ended: Tensor  # (B,), 1 = the response ended by itself
     sampler_logprobs: Tensor  # (B, T), as the sampler saw them; only for the preflight's comparison
+
+    def batches(self) -> list[Micro]:
+        """The micro-batches of all minibatches."""
+        return [micro for minibatch in self.minibatches for micro in minibatch]
 
 
 def roll_out(
@@ -1062,7 +1099,7 @@ def roll_out(
         )  # fmt: skip
     groups = [(p["ids"], responses[i * samples : (i + 1) * samples]) for i, p in enumerate(prompts)]
     config, device = model.get_base_model().config, model.device
-    batches = lay_out_rollout(groups, args, config, tokenizer.pad_token_id, device)
+    minibatches = lay_out_rollout(groups, args, config, tokenizer.pad_token_id, device)
     lengths = torch.tensor([len(y) for y in responses], device=device)
     mask = (torch.arange(lengths.max().item(), device=device) < lengths[:, None]).long()
     logprobs = torch.zeros(mask.shape, device=device)
@@ -1070,14 +1107,14 @@ def roll_out(
         logprobs[i, : len(row)] = torch.tensor(row)
     ended = torch.tensor([float(y[-1] in stop_ids) for y in responses], device=device)
     texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-    return Rollout([p for p in prompts for _ in range(samples)], responses, texts, batches, mask, ended, logprobs)
+    return Rollout([p for p in prompts for _ in range(samples)], responses, texts, minibatches, mask, ended, logprobs)
 
 
 def role_logprobs(model: Any, who: str, rollout: Rollout, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies (B, T) of the rollout's tokens in the role `who`, without gradients."""
     logprobs, entropy = torch.zeros_like(rollout.sampler_logprobs), torch.zeros_like(rollout.sampler_logprobs)
     with role(model, who):
-        for numbers, rows in rollout.batches:
+        for numbers, rows in rollout.batches():
             logprobs[numbers], entropy[numbers] = response_logprobs(model, rows, temperature)
     return logprobs, entropy
 
@@ -1090,13 +1127,16 @@ def score_responses(rollout: Rollout, reward: RewardModel | Callable, args: Args
         if np.isnan(values).all():
             raise UserError(f"{args.reward_fn} returned None for every response")
         return torch.tensor(np.where(np.isnan(values), np.nanmean(values), values), dtype=torch.float32, device=device)
-    batches = rollout.batches
+    batches = rollout.batches()
     if reward.tokenizer is not None:  # another vocabulary or template: from the text, one padded row per response
-        stops, pad_id = find_stop_ids(reward.tokenizer, reward.model.generation_config), reward.tokenizer.pad_token_id
-        groups = []
+        stops = find_stop_ids(reward.tokenizer, getattr(reward.model, "generation_config", None))
+        groups, pad_id = [], reward.tokenizer.pad_token_id
         for p, text in zip(rollout.prompts, rollout.texts, strict=True):
-            answer = encode_response(reward.tokenizer, p["prompt"], text, stops)
-            groups.append((encode_prompt(reward.tokenizer, p["prompt"]), [answer]))
+            try:
+                answer = encode_response(reward.tokenizer, p["prompt"], text, stops)
+                groups.append((encode_prompt(reward.tokenizer, p["prompt"]), [answer]))
+            except BadRow as bad:
+                raise UserError(f"the reward model's template can't take {p['prompt']!r:.60}: {bad.args[1]}") from bad
         numbers = list(range(len(groups)))
         slices = [slice(i, i + args.micro_batch_size) for i in range(0, len(groups), args.micro_batch_size)]
         batches = [(numbers[s], lay_out(groups[s], False, pad_id, device)) for s in slices]
@@ -1187,7 +1227,7 @@ def log_step(folder: Path, metrics: dict, timing: dict, accelerator: Accelerator
     if not accelerator.is_main_process:
         return
     for name, values in (("metrics", metrics), ("timing", {"step": metrics["step"], **timing})):
-        rounded = {k: v if isinstance(v, int) else float(f"{v:.8g}") for k, v in values.items()}
+        rounded = {k: v if isinstance(v, int) else float(f"{v:.8g}") for k, v in values.items() if v == v}  # no NaN
         with (folder / f"{name}.jsonl").open("a") as stream:
             stream.write(json.dumps(rounded) + "\n")
     accelerator.log({**metrics, **timing}, step=metrics["step"])
@@ -1219,7 +1259,9 @@ def write_report(folder: Path, stage: str, base: str, gates: list[tuple[str, flo
     """report.json: gates (name, value, threshold, passed), and the versions that ran."""
     import importlib.metadata as packages
 
-    rows = [dict(zip(("name", "value", "threshold", "passed"), gate, strict=True)) for gate in gates]
+    rows = [
+        dict(zip(("name", "value", "threshold", "passed"), gate, strict=True)) for gate in gates if gate[1] == gate[1]
+    ]
     versions = {
         name: packages.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
     }
@@ -1292,7 +1334,7 @@ def role_values(model: Any, head: nn.Linear, rollout: Rollout) -> Tensor:
     """The critic's values (B, T), without gradients."""
     values = torch.zeros_like(rollout.sampler_logprobs)
     with role(model, "critic"):
-        for numbers, rows in rollout.batches:
+        for numbers, rows in rollout.batches():
             values[numbers] = head_values(model, head, rows)
     return values
 
@@ -1305,22 +1347,22 @@ def rollout_metrics(
     mask, error = rollout.mask, returns - values
     per_response = [scores.sum(), rewards.sum(), (log_ratio * mask).sum(), mask.sum(), rollout.ended.sum()]
     moments = [(x * mask).sum() for x in (entropy, error, error**2, returns, returns**2)]
-    sums = [v.item() for v in (*per_response, *moments)] + [float(np.nansum(gold)) if gold is not None else 0.0]
+    judged = gold[~np.isnan(gold)] if gold is not None else np.zeros(0)
+    sums = [v.item() for v in (*per_response, *moments)] + [float(judged.sum()), float(len(judged))]
     n, *totals = global_sums(accelerator, len(scores), *sums)
     score, reward, kl, length, ended = (total / n for total in totals[:5])
     mean_entropy, e1, e2, r1, r2 = (total / totals[3] for total in totals[5:10])
-    metrics = {"score": score} | ({"gold": totals[10] / n} if gold is not None else {})
+    metrics = {"score": score} | ({"gold": totals[10] / totals[11]} if totals[11] else {})
     metrics |= {"reward": reward, "kl": kl, "entropy": mean_entropy, "response_length": length, "eos_rate": ended}
     return metrics | {"explained_variance": 1 - (e2 - e1**2) / max(r2 - r1**2, 1e-12)}
 
 
 # -------------------------------------------------------------------------------------------------------- updates
-def minibatches(batches: list, ppo_epochs: int, n_minibatches: int, seed: tuple[int, int]) -> Iterator[list]:
-    """ppo_epochs passes over the micro-batches, each in a new order and cut into n_minibatches lists."""
+def passes(minibatches: list[list[Micro]], ppo_epochs: int, seed: tuple[int, int]) -> Iterator[list[Micro]]:
+    """ppo_epochs passes over the minibatches, each in a new order."""
     for epoch in range(ppo_epochs):
-        order = np.random.default_rng((*seed, epoch)).permutation(len(batches))
-        for part in np.array_split(order, n_minibatches):
-            yield [batches[i] for i in part]
+        for number in np.random.default_rng((*seed, epoch)).permutation(len(minibatches)):
+            yield minibatches[number]
 
 
 def policy_backward(
@@ -1397,7 +1439,7 @@ def preflight(model: Any, rollout: Rollout, old: Tensor, reference: Tensor, args
 
     They see what metrics hide for hours: another start than the reference, a dropped KV cache, dropout, endless text.
     """
-    numbers, rows = rollout.batches[0]
+    numbers, rows = rollout.batches()[0]
     with role(model, "policy", grad=True):
         again, _ = response_logprobs(model, rows, args.temperature)
     limit = 1e-4 if args.dtype == "float32" else 0.02
@@ -1476,18 +1518,21 @@ def write_samples(folder: Path, prompts: list[dict], results: dict[str, dict]) -
 
 def check_args(args: Args, world: int) -> None:
     """Contradicting or impossible flags, each as one line."""
+    positive = (
+        "batch_size micro_batch_size sample_batch_size samples_per_prompt minibatches ppo_epochs epochs temperature"
+    )
+    for name in [*positive.split(), "max_response_length", "kl_horizon"]:
+        if getattr(args, name) <= 0:
+            raise UserError(f"--{name} {getattr(args, name)}: must be above 0")
     if args.lora_r == 0:
         raise UserError("--lora_r 0: RL trains LoRA adapters only; use a rank of at least 1")
     if args.reward_fn and args.reward_model:
         raise UserError("--reward_fn and --reward_model are both given; PPO has one reward, choose one")
-    g, micro = args.samples_per_prompt, args.micro_batch_size
+    g = args.samples_per_prompt
     if args.batch_size % (g * world):
         raise UserError(f"--batch_size {args.batch_size}: no multiple of --samples_per_prompt {g} x {world} processes")
-    if max(micro, g) % min(micro, g):
-        raise UserError(f"--micro_batch_size {micro}, --samples_per_prompt {g}: one must be a multiple of the other")
-    if args.batch_size < world * args.minibatches * micro:
-        raise UserError(f"--batch_size {args.batch_size} holds fewer than {args.minibatches} --minibatches of one "
-                        f"--micro_batch_size {micro} on {world} processes; lower one of the two")  # fmt: skip
+    if args.batch_size < world * args.minibatches:
+        raise UserError(f"--batch_size {args.batch_size} is too small for {args.minibatches} --minibatches x {world}")
 
 
 def load_roles(args: Args, device: Any) -> tuple[Any, Any, list[int], Any, nn.Linear, str]:
@@ -1562,11 +1607,10 @@ def main(args: Args) -> None:
         start = time.time()
 
         # 1. Rollout: sample y ~ pi_old(.|x)
-        names = batch_indices(step, lengths, n_prompts, args.seed)[rank::world]
+        places = list(range(n_prompts))[rank::world]  # a prompt's place in the batch names its noise
+        chosen = [prompts[i] for i in batch_indices(step, lengths, n_prompts, args.seed)[rank::world]]
         key = (args.seed, 0, step)
-        rollout = roll_out(
-            model, tokenizer, [prompts[i] for i in names], names, args.samples_per_prompt, stop_ids, args, key
-        )
+        rollout = roll_out(model, tokenizer, chosen, places, args.samples_per_prompt, stop_ids, args, key)
         mask, sampled = rollout.mask, time.time()
 
         # 2. Score: R at the last token; log pi_old, log pi_ref and V at every token
@@ -1588,7 +1632,7 @@ def main(args: Args) -> None:
         learning_rate = learning_rate_at(step, total_steps, args.learning_rate, args.warmup_ratio)
         critic_rate = learning_rate_at(step, total_steps, args.critic_learning_rate, args.warmup_ratio)
         updates: list[list[float]] = []
-        for minibatch in minibatches(rollout.batches, args.ppo_epochs, args.minibatches, (args.seed, step)):
+        for minibatch in passes(rollout.minibatches, args.ppo_epochs, (args.seed, step)):
             (n_tokens,) = global_sums(accelerator, sum(rows.mask.sum().item() for _, rows in minibatch))
             policy, norm = [0.0, 0.0, 0.0], 0.0
             if step >= args.critic_warmup:

@@ -46,6 +46,7 @@ import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import softplus
@@ -108,18 +109,22 @@ class Args:
     center_coef: float = arg(0.0, "weight of (r_i + r_j)^2, which keeps scores around 0; 0.01 is usual")
     length_coef: float = arg(0.0, "weight of the squared covariance of score and length; larger: length matters less")
     # optimisation
-    learning_rate: float = arg(1e-3, "peak learning rate; 1e-4 is usual for LoRA on 7B")
+    learning_rate: float = arg(
+        1e-3, "peak learning rate; for LoRA on 7B 2e-4 (sft), 1e-4 (reward), 2e-5 (RL) are usual"
+    )
     warmup_ratio: float = arg(0.05, "share of the steps with rising learning rate; cosine to a tenth after it")
     weight_decay: float = arg(0.0, "AdamW weight decay")
     max_grad_norm: float = arg(1.0, "gradients longer than this are scaled down to it")
-    batch_size: int = arg(32, "prompts with all their pairs per optimizer step, all processes together")
-    micro_batch_size: int = arg(8, "prompts per forward pass: memory, not the result")
+    batch_size: int = arg(
+        32, "examples per step, all processes together (reward: prompts with all their pairs; RL: responses)"
+    )
+    micro_batch_size: int = arg(8, "rows (reward: prompts; RL: responses) per forward pass: memory, not the result")
     epochs: float = arg(1.0, "passes over the dataset")
     max_steps: int = arg(0, "stop after this many steps; 0: no limit; the smaller bound wins")
     # run
     output_dir: str = arg("runs/reward", "run folder; an existing one is renamed unless --resume")
     seed: int = arg(0, "decides everything on CPU")
-    eval_every: int = arg(0, "steps between evaluations; 0: at the end")
+    eval_every: int = arg(0, "steps between evaluations on held-out data; 0: at the end only")
     save_every: int = arg(0, "steps between checkpoints; 0: none")
     resume: bool = arg(False, "continue from the newest checkpoint of --output_dir")
     report_to: list[str] | None = arg(None, "trackers that accelerate knows: wandb, tensorboard, ...")
@@ -263,8 +268,11 @@ def read_rows(source: str, split: str, skipped: dict[str, list]) -> list[dict]:
             raise UserError(f"{source}: no such .jsonl, .json or .parquet file")
         else:
             data = load_dataset(source, split=split)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"dataset {source}, split {split}: can't be read ({str(error).splitlines()[0]})") from error
+    except UserError:
+        raise
+    except Exception as error:  # whatever datasets raises
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"dataset {source}, split {split}: can't be read ({reason})") from error
     return [{**row, "_row": number} for number, row in enumerate(data, 1)]
 
 
@@ -321,7 +329,7 @@ def render(tokenizer: Any, messages: list[dict], add_generation_prompt: bool) ->
 
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except (TemplateError, TypeError, KeyError) as error:
+    except (TemplateError, TypeError, KeyError, ValueError) as error:
         raise BadRow("refused by the chat template", str(error)) from error
 
 
@@ -633,15 +641,19 @@ def find_stop_ids(tokenizer: Any, generation_config: Any) -> list[int]:
         eos = generation_config.eos_token_id
         ids |= set(eos) if isinstance(eos, list) else {eos}
     user = [{"role": "user", "content": "a"}]
-    whole = render(tokenizer, [*user, {"role": "assistant", "content": "XYZ"}], False)
+    try:
+        whole = render(tokenizer, [*user, {"role": "assistant", "content": "XYZ"}], False)
+    except BadRow as bad:
+        raise UserError(f"chat template: {bad.args[0]} ({bad.args[1]})") from bad
     after = tokenizer(whole.rpartition("XYZ")[2].lstrip(), add_special_tokens=False)["input_ids"]
-    if after and after[0] in tokenizer.all_special_ids:
+    token = tokenizer.added_tokens_decoder.get(after[0]) if after else None
+    if token is not None and token.special:
         ids.add(after[0])
     return sorted(ids)
 
 
 def base_identity(base: str) -> str:
-    """Hash of the config and of the weight files' names, sizes and first bytes: adapters of one base agree in it."""
+    """Hash of the config and of the weight files' names, sizes and some bytes: adapters of one base agree in it."""
     from transformers.utils import cached_file
 
     config = Path(str(cached_file(base, "config.json")))
@@ -650,7 +662,10 @@ def base_identity(base: str) -> str:
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for file in sorted([*config.parent.glob("*.safetensors"), *config.parent.glob("*.bin")]):
         with file.open("rb") as stream:
-            digest.update(f"{file.name} {file.stat().st_size}".encode() + stream.read(4096))
+            digest.update(f"{file.name} {file.stat().st_size}".encode())
+            for sixteenth in range(16):  # the beginning alone is a header: names and shapes
+                stream.seek(file.stat().st_size * sixteenth // 16)
+                digest.update(stream.read(4096))
     return digest.hexdigest()[:16]
 
 
@@ -672,6 +687,8 @@ def load_base(base: str, args: Any, device: Any, kind: Any = None) -> Any:
         model = kind.from_pretrained(base, dtype=dtype, **options).to(device).eval()
     except (OSError, ValueError) as error:
         raise UserError(f"model {base}: can't be loaded ({str(error).splitlines()[0]})") from error
+    if device.type == "cpu" and model.num_parameters() < 10**7:
+        torch.set_num_threads(1)  # so small a model gains little from threads, and loses much where cores are shared
     for module in model.modules():  # on CPUs with AVX512-BF16 bitsandbytes would repack 4-bit weights at the first eval
         if hasattr(module, "support_avx512bf16_for_cpu"):  # pass, and packed weights pass no gradient to their input
             module.support_avx512bf16_for_cpu = False
@@ -757,12 +774,15 @@ def add_adapter(model: Any, name: str, folder: Path | None, args: Any) -> Any:
     if folder is not None:
         if not (folder / "adapter_model.safetensors").is_file():
             raise UserError(f"{folder}: adapter_model.safetensors is missing; is the run unfinished?")
-        weights = load_file(folder / "adapter_model.safetensors")
+        try:
+            weights = load_file(folder / "adapter_model.safetensors")
+        except SafetensorError as error:
+            raise UserError(f"{folder}: adapter_model.safetensors is damaged ({error})") from error
         weights.pop(HEAD_KEY, None)
-        wanted = {k for k in model.state_dict() if f".{name}." in k}
-        result: Any = set_peft_model_state_dict(model, weights, adapter_name=name)
-        if len(wanted) != len(weights) or result.unexpected_keys:
+        shapes = {k.replace(f".{name}.", "."): v.shape for k, v in model.state_dict().items() if f".{name}." in k}
+        if shapes != {k: v.shape for k, v in weights.items()}:
             raise UserError(f"{folder}: adapter_model.safetensors does not fit this base model's layers")
+        set_peft_model_state_dict(model, weights, adapter_name=name)
     return model
 
 
@@ -898,7 +918,7 @@ def log_step(folder: Path, metrics: dict, timing: dict, accelerator: Accelerator
     if not accelerator.is_main_process:
         return
     for name, values in (("metrics", metrics), ("timing", {"step": metrics["step"], **timing})):
-        rounded = {k: v if isinstance(v, int) else float(f"{v:.8g}") for k, v in values.items()}
+        rounded = {k: v if isinstance(v, int) else float(f"{v:.8g}") for k, v in values.items() if v == v}  # no NaN
         with (folder / f"{name}.jsonl").open("a") as stream:
             stream.write(json.dumps(rounded) + "\n")
     accelerator.log({**metrics, **timing}, step=metrics["step"])
@@ -930,7 +950,9 @@ def write_report(folder: Path, stage: str, base: str, gates: list[tuple[str, flo
     """report.json: gates (name, value, threshold, passed), and the versions that ran."""
     import importlib.metadata as packages
 
-    rows = [dict(zip(("name", "value", "threshold", "passed"), gate, strict=True)) for gate in gates]
+    rows = [
+        dict(zip(("name", "value", "threshold", "passed"), gate, strict=True)) for gate in gates if gate[1] == gate[1]
+    ]
     versions = {
         name: packages.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
     }

@@ -1,7 +1,7 @@
 """Positive sentiment of a text as a reward: `--reward_fn rewards/sentiment.py:positive` (pip install vaderSentiment).
 
-The score is VADER's compound value (Hutto and Gilbert 2014) averaged over sentences, in [-1, 1]. The compound value of a
-whole text saturates: most longer stories reach above 0.9, which leaves nothing to learn from.
+The score is VADER's compound value (Hutto and Gilbert 2014) averaged over sentences, in [-1, 1]. The compound value of
+a whole text saturates: most longer stories reach above 0.9, which leaves nothing to learn from.
 """
 
 import re

@@ -431,7 +431,8 @@ def test_four_bits_load_with_transformers_and_peft_alone(run, small_base):
     texts = [(c["prompt"], c["response"]) for c in card["canaries"]]
     raw = plain_scores(folder, small_base, texts, torch.bfloat16, quantization_config=config)
     assert (card["quant"], card["dtype"]) == ("nf4", "bfloat16")
-    assert raw == pytest.approx([c["score"] + card["mean"] for c in card["canaries"]], abs=1e-2)  # a head in bf16
+    ours = [c["score"] + card["mean"] for c in card["canaries"]]
+    assert raw == pytest.approx(ours, rel=2**-7, abs=5e-3)  # plain loading answers in bf16, whose steps are 2**-7 wide
 
 
 def test_the_adapter_starts_as_a_copy_of_the_sft_adapter(run, loaded, small_base, tmp_path, capsys):
