@@ -57,6 +57,9 @@ from transformers import (
 
 TINY = Path(__file__).resolve().parent / "tiny"
 HEAD_KEY = "base_model.model.score.weight"  # where AutoModelForSequenceClassification + PEFT look for the head
+SHARED_ROW_MODELS = (  # model types with plain attention, where tests hold shared rows to padded ones
+    "llama", "qwen2", "qwen3", "mistral", "phi3", "smollm3", "gpt2", "gemma2", "gemma3_text",
+)  # fmt: skip
 PLAIN_TEMPLATE = (  # for models that come without a chat template: no new token is added to the vocabulary
     "{% for m in messages %}{% if m['role'] == 'assistant' %}Assistant: {{ m['content'] }}{{ eos_token }}\n{% else %}"
     "{{ m['role'] | capitalize }}: {{ m['content'] }}\n{% endif %}{% endfor %}"
@@ -338,7 +341,7 @@ def encode_conversation(tokenizer: Any, messages: list[dict], stop_ids: list[int
 def encode_sft(row: dict, tokenizer: Any, stop_ids: list[int], args: Args) -> list[dict]:
     """One row -> examples {"ids", "mask", "key"}; BadRow says why a row can't be used."""
     window = args.max_prompt_length + args.max_response_length
-    if row.get("text") is not None:
+    if row.get("text") is not None and row.get("messages") is None and row.get("completion") is None:
         if not isinstance(row["text"], str) or not row["text"].strip():
             raise BadRow("empty text")
         ids = [*tokenize(tokenizer, row["text"]), tokenizer.eos_token_id]
@@ -587,7 +590,7 @@ def load_base(base: str, args: Any, device: Any, kind: Any = None) -> Any:
         logits = model(torch.tensor([probe], device=device)).logits.float()
         if model.get_output_embeddings() is not None:
             ours = lm_logits(model, hidden_states(model, build_rows([[(probe, 0, 1, 1)]], [[(0, 0, 1, 0)]], 0, device)))
-            if not torch.allclose(ours.float(), logits, rtol=1e-2, atol=1e-2):
+            if (ours.float() - logits).norm() > 0.05 * logits.norm():
                 raise UserError(
                     f"model {base}: {model.config.model_type} scales its logits after lm_head; not supported"
                 )
@@ -604,6 +607,8 @@ def choose_precision(args: Any, adapter: Path | None, device: Any) -> tuple[Any,
     if old_gpu:
         print("model: this GPU has no bfloat16 (compute capability below 8.0); computing in float32")
     dtype = args.dtype
+    if args.lora_r == 0:  # all weights train: not in 4 bits, and small updates would be lost in bfloat16
+        quant, dtype = "none" if args.quant == "auto" else quant, "float32" if dtype == "auto" else dtype
     if dtype == "auto":
         half = (quant == "nf4" or device.type == "cuda") and not old_gpu
         dtype = "bfloat16" if half else "float32"
@@ -933,22 +938,25 @@ def sample_responses(
     """Responses at temperature 1 (transformers' generate), seeded apart from training; the stop token is kept."""
     model.eval()
     settings = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=args.max_response_length,
-        eos_token_id=stop_ids, pad_token_id=tokenizer.pad_token_id,
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
+        max_new_tokens=args.max_response_length, eos_token_id=stop_ids, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    width = max(len(ids) for ids in prompts)
-    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts], device=model.device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    output: list[list[int]] = []
     with torch.random.fork_rng():
         torch.manual_seed(args.seed)
-        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)[:, width:].tolist()
+        for some in (prompts[i : i + args.micro_batch_size] for i in range(0, len(prompts), args.micro_batch_size)):
+            width = max(len(ids) for ids in some)
+            ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + p for p in some], device=model.device)
+            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in some], device=model.device)
+            batch = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+            output += batch[:, width:].tolist()
     ends = [next((t + 1 for t, token in enumerate(row) if token in stop_ids), len(row)) for row in output]
     return [row[:end] for row, end in zip(output, ends, strict=True)]
 
 
 def main(args: Args) -> None:
     """Supervised fine-tuning on assistant tokens (sft.py)."""
-    accelerator = Accelerator(log_with=args.report_to)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=args.report_to)
     device = accelerator.device
     torch.manual_seed(args.seed)
 
@@ -960,6 +968,9 @@ def main(args: Args) -> None:
     if args.lora_r == 0 and find_adapter(args.model, args.revision):
         raise UserError(f"--lora_r 0 trains all weights of a whole model, but {args.model} is an adapter")
     model, tokenizer, stop_ids, adapter, base = load_model(args, device)
+    if args.packing and model.config.model_type not in SHARED_ROW_MODELS:
+        print(f"sft: no packing, {model.config.model_type} has no plain attention that could keep examples apart")
+        args.packing = False
     if args.lora_r == 0 and args.quant == "nf4":
         raise UserError("--lora_r 0 trains all weights; 4-bit weights can't be trained, add --quant none")
     if args.lora_r != 0:
@@ -1041,6 +1052,7 @@ def main(args: Args) -> None:
             save_checkpoint(folder, {**saved, "optimizer": optimizer.state_dict()})
 
     # 4. Result: the adapter (or the model), samples on held-out prompts, gates for the next stage
+    final_loss = heldout_loss(model, heldout, args, tokenizer.pad_token_id, accelerator) if heldout else math.nan
     if not accelerator.is_main_process:
         return
     write_json(folder / "args.json", asdict(args))
@@ -1051,7 +1063,6 @@ def main(args: Args) -> None:
         save_adapter(folder, model, "policy", base, tokenizer)
     gates = []
     if heldout:
-        final_loss = heldout_loss(model, heldout, args, tokenizer.pad_token_id, accelerator)
         print(f"sft: held-out loss {first_loss:.3f} -> {final_loss:.3f} nats, perplexity {math.exp(final_loss):.2f}")
         prompts = [e["ids"][: e["mask"].index(1)] for e in heldout[:64]]
         responses = sample_responses(model, tokenizer, prompts, stop_ids, args)
@@ -1063,7 +1074,9 @@ def main(args: Args) -> None:
                 "response": tokenizer.decode(response, skip_special_tokens=True),
             }
             lines.append(json.dumps(texts, ensure_ascii=False))
-        write_file(folder / "samples.jsonl", lambda temporary: temporary.write_text("\n".join(lines) + "\n"))
+        write_file(
+            folder / "samples.jsonl", lambda temporary: temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        )
         for line in lines[:3]:
             print(f"sft: sample {line}")
         drop, eos_rate = first_loss - final_loss, float(np.mean(ended))

@@ -1,4 +1,7 @@
-"""What the tests share: an offline world of two layers, its run folders and small data; paths of ../shared."""
+"""What the tests share: an offline world of two layers, its run folders and small data; paths of ../shared.
+
+"Trap 7" in a docstring is number 7 of the mistakes that were found in other libraries (FIELD.md, section 4).
+"""
 
 import json
 import os
@@ -8,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # exact comparisons are made on CPU, also where a GPU is
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"  # real tokenizers, templates and data that do not belong to the repository

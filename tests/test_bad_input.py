@@ -104,7 +104,7 @@ def test_bad_prompts_are_counted_by_reason(run_ppo: Run, world: Path, tmp_path: 
 
 
 def test_the_boundary_of_a_bad_template_is_shown(run_sft: Run, tmp_path: Path) -> None:
-    """Traps 17 and 20: no usable row because the prompt is no prefix: both sides of the boundary are in the line."""
+    """Trap 17: no usable row because the prompt is no prefix: both sides of the boundary are in the line."""
     (tmp_path / "think.jinja").write_text(
         "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|><think>{% endif %}"

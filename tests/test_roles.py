@@ -343,7 +343,7 @@ def test_the_preflight_names_the_cause(plain: Roles, name: str, cause: str) -> N
 
 # ------------------------------------------------------------------------------------------------------ one 4-bit base
 def test_one_quantised_base_carries_all_roles(nf4: Roles) -> None:
-    """Traps 21, 30: 14 quantised layers, half a byte per weight, four adapters on them, and nothing held twice."""
+    """Trap 21: 14 quantised layers, half a byte per weight, four adapters on them, and nothing held twice."""
     import bitsandbytes
 
     layers = [m for m in nf4.model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]

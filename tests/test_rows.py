@@ -238,7 +238,7 @@ def test_masks_come_from_lengths() -> None:
 
 
 def test_the_score_sits_on_the_last_real_token() -> None:
-    """Traps 13, 17, 18: four rows: ended, cut off, ended where EOS is the pad too, and EOS alone as the response."""
+    """Traps 2, 13, 18: four rows: ended, cut off, ended where EOS is the pad too, and EOS alone as the response."""
     model, head, prompt = make_model("llama"), make_head(), [5, EOS, 6]
     responses = [[7, 8, EOS], [7, 8, 9, 10], [EOS, 8, EOS], [EOS]]
     with torch.no_grad():

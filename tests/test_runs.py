@@ -86,6 +86,22 @@ def test_sft_writes_what_it_says(run_sft: Run) -> None:
     check_report(folder, "sft", {"heldout_loss_drop", "eos_rate"})
 
 
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    """A write that dies half-way leaves the old file as it was; one that ends leaves nothing temporary."""
+    file = tmp_path / "report.json"
+    ppo.write_json(file, {"old": 1})
+
+    def die(temporary: Path) -> None:
+        temporary.write_text("half a fi")
+        raise Killed
+
+    with pytest.raises(Killed):
+        ppo.write_file(file, die)
+    assert json.loads(file.read_text()) == {"old": 1}
+    ppo.write_json(file, {"new": {3, 1, 2}})
+    assert json.loads(file.read_text()) == {"new": [1, 2, 3]} and list(tmp_path.iterdir()) == [file]
+
+
 def test_files_are_strict_json(run_ppo: Run) -> None:
     """One held-out prompt gives no interval: what is not a number must not be written as NaN, which is no JSON."""
     folder = run_ppo(eval_size=1, max_steps=1)
@@ -201,6 +217,23 @@ def test_layout_does_not_change_the_step(run_ppo: Run, first_gradients: Any, mon
         found.append(first_gradients(ppo, run_ppo, minibatches=1, samples_per_prompt=4, ppo_epochs=1))
     assert_same_gradients(found[0][0], found[1][0], 2)
     assert found[0][1][0] == pytest.approx(found[1][1][0], rel=1e-4, abs=1e-5)
+
+
+def test_evaluation_has_noise_of_its_own(run_ppo: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held-out responses before and after are drawn with the same numbers, and no training step uses these."""
+    keys: list[tuple[int, int, int]] = []
+    original = ppo.sample
+
+    def recorded(*args: Any) -> Any:
+        keys.append(args[-1])
+        return original(*args)
+
+    monkeypatch.setattr(ppo, "sample", recorded)
+    run_ppo(max_steps=3, seed=5)
+    before, *training, after = keys
+    assert before == after and len(training) == 3
+    assert len({before[:2], *(key[:2] for key in training)}) == 2  # one stream for training, another for evaluation
+    assert [key[2] for key in training] == [0, 1, 2] and all(key[0] == 5 for key in keys)
 
 
 @pytest.mark.parametrize("sample_batch_size", [1, 5])

@@ -182,7 +182,7 @@ def squeeze(text: str) -> str:
 @pytest.mark.parametrize("adds_bos", [False, True])
 @pytest.mark.parametrize("name", OWN)
 def test_own_templates(name: str, adds_bos: bool, system: bool) -> None:
-    """Traps 2, 16, 17, 19, 20: masks, end tokens, one BOS and prefixes in the shapes that real templates have."""
+    """Traps 2, 16, 17: masks, end tokens, one BOS and prefixes in the shapes that real templates have."""
     messages = [SYSTEM, *TALK] if system and name not in ("brackets",) else TALK
     check(letters(OWN[name], adds_bos), messages, ENDS[name], BREAKING.get(name))
 
@@ -190,7 +190,7 @@ def test_own_templates(name: str, adds_bos: bool, system: bool) -> None:
 @pytest.mark.parametrize("path", real_templates() or [None], ids=lambda p: p.stem if p else "none")
 @pytest.mark.parametrize("system", [False, True])
 def test_real_templates_with_their_own_special_tokens(path: Path | None, system: bool) -> None:
-    """Traps 16, 17, 19, 20: all templates of ../shared, with a tokenizer that has each one's special tokens."""
+    """Traps 2, 16, 17: all templates of ../shared, with a tokenizer that has each one's special tokens."""
     path = path or shared_or_skip("templates")
     tokenizer = letters(path.read_text(encoding="utf-8"), "bos_token" in path.read_text(encoding="utf-8"))
     end = next(token for pattern, token in REAL_ENDS if re.match(pattern, path.stem))
@@ -223,7 +223,7 @@ def assert_no_prefix(tokenizer: Any, messages: list[dict], name: str) -> None:
 @pytest.mark.parametrize("path", real_templates() or [None], ids=lambda p: p.stem if p else "none")
 @pytest.mark.parametrize("folder", shared_folders("tokenizers") or [None], ids=lambda p: p.name if p else "none")
 def test_real_templates_with_every_real_tokenizer(folder: Path | None, path: Path | None, with_template: Any) -> None:
-    """Traps 2, 16, 17, 19: markup that a tokenizer does not know is text to it; all else holds the same."""
+    """Traps 2, 16, 17: markup that a tokenizer does not know is text to it; all else holds the same."""
     folder, path = folder or shared_or_skip("tokenizers"), path or shared_or_skip("templates")
     tokenizer = with_template(folder, path.read_text(encoding="utf-8"))
     if path.stem == "deepseekv3":
@@ -239,7 +239,7 @@ def test_real_templates_with_every_real_tokenizer(folder: Path | None, path: Pat
 
 @pytest.mark.parametrize("folder", shared_folders("tokenizers") or [None], ids=lambda p: p.name if p else "none")
 def test_real_tokenizers_with_their_own_templates(folder: Path | None) -> None:
-    """Traps 2, 16, 19: as downloaded, the end of turn is one special token that the template tells us."""
+    """Traps 2, 16: as downloaded, the end of turn is one special token that the template tells us."""
     tokenizer = real_tokenizer(folder or shared_or_skip("tokenizers"))
     name = Path(tokenizer.name_or_path).name
     end = {"mistral-v1": "</s>", "mistral-v3": "</s>", "phi3-mini": "<|end|>"}.get(name, "<|im_end|>")
@@ -285,7 +285,7 @@ def test_a_token_that_would_straddle_the_boundary_is_split() -> None:
 
 
 def test_llama3_like_stop_ids_come_from_the_template() -> None:
-    """Trap 19: EOS ends a text, another special token ends a turn: both stop a response; ordinary words never do."""
+    """Trap 2: EOS ends a text, another special token ends a turn: both stop a response; ordinary words never do."""
     tokenizer = letters(OWN["headers"], True)
     assert tokenizer.eos_token == END
     assert ppo.find_stop_ids(tokenizer, None) == sorted(tokenizer.convert_tokens_to_ids([END, "<|turn|>"]))
@@ -350,7 +350,7 @@ def test_last_turn_only(name: str) -> None:
 
 
 def test_every_row_ends_with_a_supervised_end_token() -> None:
-    """Trap 19: in 100 % of real rows, with a pad token of its own and with pad = EOS, and the two encode alike."""
+    """Trap 2: in 100 % of real rows, with a pad token of its own and with pad = EOS, and the two encode alike."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny" / "base")
