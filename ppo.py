@@ -98,7 +98,9 @@ def arg(default: Any, help: str) -> Any:
 class Args:
     # roles
     model: str = arg(str(TINY / "sft"), "base model or run folder: hub id or local path")
-    reward_model: str | None = arg(None, "run folder or model with one score; default: tiny/reward unless --reward_fn")
+    reward_model: str | None = arg(
+        None, "run folder or model with one score; RL's default: tiny/reward unless --reward_fn"
+    )
     reward_fn: str | None = arg(None, "file.py:function that scores responses instead of a reward model")
     gold_fn: str | None = arg(
         None, "file.py:function that judges, never trains; default: tiny's annotator, on its data"
@@ -153,9 +155,11 @@ class Args:
     weight_decay: float = arg(0.0, "AdamW weight decay")
     max_grad_norm: float = arg(1.0, "gradients longer than this are scaled down to it")
     batch_size: int = arg(
-        128, "examples per step, all processes together (reward: prompts with all their pairs; RL: responses)"
+        128, "examples per step, all processes together (reward, dpo: prompts with all their pairs; RL: responses)"
     )
-    micro_batch_size: int = arg(32, "rows (reward: prompts; RL: responses) per forward pass: memory, not the result")
+    micro_batch_size: int = arg(
+        32, "rows (reward, dpo: prompts; RL: responses) per forward pass: memory, not the result"
+    )
     epochs: float = arg(2.5, "passes over the dataset")
     max_steps: int = arg(0, "stop after this many steps; 0: no limit; the smaller bound wins")
     # run
@@ -579,7 +583,9 @@ def lay_out(groups: list[Group], shared: bool, pad_id: int, device: Any, width: 
 Micro = tuple[list[int], Rows]  # numbers of the responses, and their rows
 
 
-def lay_out_rollout(groups: list[Group], args: Args, config: Any, pad_id: int, device: Any) -> list[list[Micro]]:
+def lay_out_rollout(
+    groups: list[Group], n_minibatches: int, micro_batch_size: int, config: Any, pad_id: int, device: Any
+) -> list[list[Micro]]:
     """All responses as minibatches of micro-batches, laid out once for every pass of every role.
 
     The same rows serve old log-probs, reference, values, scores and updates, so the first ratio is 1 to rounding. Which
@@ -590,10 +596,10 @@ def lay_out_rollout(groups: list[Group], args: Args, config: Any, pad_id: int, d
     longest = [len(prompt) + max(map(len, responses)) for prompt, responses in groups]
     width = max(map(len, ids))
     minibatches: list[list[Micro]] = []
-    for part in np.array_split(np.arange(len(ids)), args.minibatches):
+    for part in np.array_split(np.arange(len(ids)), n_minibatches):
         order = sorted(part.tolist(), key=lambda i: longest[owners[i]])  # similar lengths: little padding
         minibatches.append([])
-        for numbers in (order[k : k + args.micro_batch_size] for k in range(0, len(order), args.micro_batch_size)):
+        for numbers in (order[k : k + micro_batch_size] for k in range(0, len(order), micro_batch_size)):
             same_prompt = itertools.groupby(numbers, key=lambda i: owners[i])
             some = [(groups[g][0], [ids[i] for i in members]) for g, members in same_prompt]
             rows = lay_out(some, share_prompts(some, config), pad_id, device, width)
@@ -1095,8 +1101,8 @@ class Rollout(NamedTuple):
 
 
 def roll_out(
-    model: Any, tokenizer: Any, prompts: list[dict], names: list[int], samples: int, stop_ids: list[int], args: Args,
-    key: tuple[int, int, int], who: str = "policy",
+    model: Any, tokenizer: Any, prompts: list[dict], names: list[int], samples: int, stop_ids: list[int], args: Any,
+    key: tuple[int, int, int], who: str = "policy", n_minibatches: int = 1,
 ) -> Rollout:  # fmt: skip
     """Sample `samples` responses to each prompt in the role `who` and lay them out in rows."""
     with role(model, who):
@@ -1106,7 +1112,8 @@ def roll_out(
         )  # fmt: skip
     groups = [(p["ids"], responses[i * samples : (i + 1) * samples]) for i, p in enumerate(prompts)]
     config, device = model.get_base_model().config, model.device
-    minibatches = lay_out_rollout(groups, args, config, tokenizer.pad_token_id, device)
+    pad_id = tokenizer.pad_token_id
+    minibatches = lay_out_rollout(groups, n_minibatches, args.micro_batch_size, config, pad_id, device)
     lengths = torch.tensor([len(y) for y in responses], device=device)
     mask = (torch.arange(lengths.max().item(), device=device) < lengths[:, None]).long()
     logprobs = torch.zeros(mask.shape, device=device)
@@ -1129,8 +1136,11 @@ def role_logprobs(model: Any, who: str, rollout: Rollout, temperature: float) ->
     return logprobs, entropy
 
 
-def score_responses(rollout: Rollout, reward: RewardModel | Callable, args: Args) -> Tensor:
-    """Scores (B,), before the penalty for a missing end: by the reward model, or by --reward_fn on the texts."""
+def score_responses(rollout: Rollout, reward: RewardModel | Callable, args: Any) -> Tensor:
+    """Scores (B,), before the penalty for a missing end: by the reward model, or by --reward_fn on the texts.
+
+    A response for which --reward_fn returns None gets the mean of the others.
+    """
     device = rollout.mask.device
     if not isinstance(reward, RewardModel):
         values = call_function(reward, str(args.reward_fn), rollout.prompts, rollout.texts)
@@ -1485,7 +1495,7 @@ def interval(x: np.ndarray) -> tuple[float, float, float]:
 
 
 def evaluate(model: Any, tokenizer: Any, who: str, prompts: list[dict], reward: Any, gold: Any, stop_ids: list[int],
-             args: Args) -> dict[str, Any]:  # fmt: skip
+             args: Any) -> dict[str, Any]:  # fmt: skip
     """One response per held-out prompt in the role `who`: arrays over prompts (gold, score, kl, ...) and the texts."""
     names = list(range(len(prompts)))
     rollout = roll_out(model, tokenizer, prompts, names, 1, stop_ids, args, (args.seed, 1, 0), who)
@@ -1493,26 +1503,27 @@ def evaluate(model: Any, tokenizer: Any, who: str, prompts: list[dict], reward: 
     ref_logprobs, _ = role_logprobs(model, "reference", rollout, args.temperature)
     lengths = rollout.mask.sum(1)
     kl, entropy = ((x * rollout.mask).sum(1) for x in (logprobs - ref_logprobs, entropy))
-    scores = score_responses(rollout, reward, args)
-    result = {"score": scores, "kl": kl, "length": lengths, "entropy": entropy / lengths, "ended": rollout.ended}
+    result = {"kl": kl, "length": lengths, "entropy": entropy / lengths, "ended": rollout.ended}
+    if reward is not None:
+        result["score"] = score_responses(rollout, reward, args)
     arrays: dict[str, Any] = {name: value.double().cpu().numpy() for name, value in result.items()}
     if gold is not None:
         arrays["gold"] = call_function(gold, str(args.gold_fn), prompts, rollout.texts)
     return {**arrays, "texts": rollout.texts}
 
 
-def closing_table(before: dict, after: dict, seconds: float) -> str:
+def closing_table(before: dict, after: dict, stage: str, seconds: float) -> str:
     """Reference and policy on the same held-out prompts: means with 95 % intervals, win-rate (a tie counts half)."""
     rows = [("gold utility", "gold"), ("score (proxy)", "score"), ("KL to reference, nats", "kl"),
             ("length, tokens", "length"), ("entropy, nats/token", "entropy"), ("share ended", "ended")]  # fmt: skip
-    lines = [f"{'held-out prompts: ' + str(len(before['texts'])):28}{'SFT (reference)':>26}{'PPO (policy)':>26}"]
+    lines = [f"{'held-out prompts: ' + str(len(before['texts'])):28}{'SFT (reference)':>26}{stage + ' (policy)':>26}"]
     for label, key in rows:
         if key in before:
             cells = [f"{m:.3f} [{low:.3f}, {high:.3f}]" for m, low, high in (interval(x[key]) for x in (before, after))]
             lines.append(f"{label:28}{cells[0]:>26}{cells[1]:>26}")
-    key = "gold" if "gold" in before else "score"
-    m, low, high = interval(np.sign(after[key] - before[key]) / 2 + 0.5)
-    lines.append(f"{key + ' win-rate over SFT':28}{'':26}{f'{m:.3f} [{low:.3f}, {high:.3f}]':>26}")
+    for key in [key for key in ("gold", "score") if key in before][:1]:
+        m, low, high = interval(np.sign(after[key] - before[key]) / 2 + 0.5)
+        lines.append(f"{key + ' win-rate over SFT':28}{'':26}{f'{m:.3f} [{low:.3f}, {high:.3f}]':>26}")
     return "\n".join([*lines, f"{'wall time, s':28}{'':26}{seconds:>26.0f}"])
 
 
@@ -1622,7 +1633,9 @@ def main(args: Args) -> None:
         places = list(range(n_prompts))[rank::world]  # a prompt's place in the batch names its noise
         chosen = [prompts[i] for i in batch_indices(step, lengths, n_prompts, args.seed)[rank::world]]
         key = (args.seed, 0, step)
-        rollout = roll_out(model, tokenizer, chosen, places, args.samples_per_prompt, stop_ids, args, key)
+        rollout = roll_out(
+            model, tokenizer, chosen, places, args.samples_per_prompt, stop_ids, args, key, "policy", args.minibatches
+        )
         mask, sampled = rollout.mask, time.time()
 
         # 2. Score: R at the last token; log pi_old, log pi_ref and V at every token
@@ -1708,7 +1721,7 @@ def main(args: Args) -> None:
     write_samples(folder, heldout, {"sft": before, "ppo": after})
     for i in range(min(3, len(heldout))):
         print(f"\nprompt  {heldout[i]['prompt']}\nbefore  {before['texts'][i]}\nafter   {after['texts'][i]}")
-    print(f"\n{closing_table(before, after, time.time() - began)}")
+    print(f"\n{closing_table(before, after, 'PPO', time.time() - began)}")
     name = "gold" if gold else "score"
     low = interval(after[name] - before[name])[1]
     write_report(folder, "ppo", base_identity(base), [*gates, (f"{name}_low", low, 0.0, bool(low > 0))])

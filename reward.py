@@ -105,7 +105,7 @@ class Args:
     max_response_length: int = arg(512, "longest response (tokens)")
     # loss
     loss: Literal["bradley_terry", "plackett_luce"] = arg("bradley_terry", "pairs, or whole rankings")
-    label_smoothing: float = arg(0.0, "share of the labels taken to be wrong (bradley_terry)")
+    label_smoothing: float = arg(0.0, "share of the labels taken to be wrong, in losses that allow it")
     center_coef: float = arg(0.0, "weight of (r_i + r_j)^2, which keeps scores around 0; 0.01 is usual")
     length_coef: float = arg(0.0, "weight of the squared covariance of score and length; larger: length matters less")
     # optimisation
@@ -116,9 +116,11 @@ class Args:
     weight_decay: float = arg(0.0, "AdamW weight decay")
     max_grad_norm: float = arg(1.0, "gradients longer than this are scaled down to it")
     batch_size: int = arg(
-        32, "examples per step, all processes together (reward: prompts with all their pairs; RL: responses)"
+        32, "examples per step, all processes together (reward, dpo: prompts with all their pairs; RL: responses)"
     )
-    micro_batch_size: int = arg(8, "rows (reward: prompts; RL: responses) per forward pass: memory, not the result")
+    micro_batch_size: int = arg(
+        8, "rows (reward, dpo: prompts; RL: responses) per forward pass: memory, not the result"
+    )
     epochs: float = arg(1.0, "passes over the dataset")
     max_steps: int = arg(0, "stop after this many steps; 0: no limit; the smaller bound wins")
     # run

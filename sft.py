@@ -115,9 +115,11 @@ class Args:
     weight_decay: float = arg(0.0, "AdamW weight decay")
     max_grad_norm: float = arg(1.0, "gradients longer than this are scaled down to it")
     batch_size: int = arg(
-        32, "examples per step, all processes together (reward: prompts with all their pairs; RL: responses)"
+        32, "examples per step, all processes together (reward, dpo: prompts with all their pairs; RL: responses)"
     )
-    micro_batch_size: int = arg(8, "rows (reward: prompts; RL: responses) per forward pass: memory, not the result")
+    micro_batch_size: int = arg(
+        8, "rows (reward, dpo: prompts; RL: responses) per forward pass: memory, not the result"
+    )
     epochs: float = arg(3.0, "passes over the dataset")
     max_steps: int = arg(0, "stop after this many steps; 0: no limit; the smaller bound wins")
     # run

@@ -279,7 +279,7 @@ def test_closing_table_by_hand() -> None:
     """Two wins, a tie and a loss: 0.625; a prompt that the judge declined is in no mean and in no win-rate."""
     before = {"texts": ["a"] * 5, "gold": np.array([0.0, 1.0, 1.0, 2.0, math.nan]), "kl": np.zeros(5)}
     after = {"texts": ["b"] * 5, "gold": np.array([1.0, 2.0, 1.0, 1.0, 5.0]), "kl": np.ones(5)}
-    lines = ppo.closing_table(before, after, 3.0).splitlines()
+    lines = ppo.closing_table(before, after, "PPO", 3.0).splitlines()
     assert lines[0].startswith("held-out prompts: 5")
     row = {line[:28].strip(): line[28:].split() for line in lines[1:]}
     assert row["gold utility"][0] == "1.000" and row["gold utility"][3] == "2.000"

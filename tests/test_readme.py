@@ -27,7 +27,7 @@ def test_commands_name_existing_scripts_and_flags(readme: Path) -> None:
     for script, rest in commands:
         assert (ROOT / script).is_file(), script
         asked = set(re.findall(r"--(\w+)", rest))
-        if script in ("sft.py", "reward.py", "ppo.py"):
+        if script in ("sft.py", "reward.py", "ppo.py", "dpo.py"):
             assert asked <= flags_of(ROOT / script) | {"help"}, f"{script}: {asked - flags_of(ROOT / script)}"
 
 

