@@ -1784,19 +1784,21 @@ def cached_logprobs(
     return [[next(parts) for _ in responses] for _, responses in groups]
 
 
-def mismatched_kl(model: Any, batch: list[dict], pad_id: int, args: Args, accelerator: Accelerator) -> float:
-    """KTO's estimate of KL(pi, pi_ref) in nats per response: the mean log-ratio of responses to other prompts, >= 0.
-
-    Each prompt of the batch takes the responses of the next example that has another prompt; no gradients.
-    """
+def mismatched_groups(batch: list[dict]) -> list[Group]:
+    """Each prompt with the responses of the next example of the batch that has another prompt (KTO, section 4.1)."""
     groups = []
     for k, e in enumerate(batch):
         others = [*batch[k + 1 :], *batch[:k]]
         groups += [(e["group"][0], o["group"][1]) for o in others if o["key"] != e["key"]][:1]
-    mine = groups[accelerator.process_index :: accelerator.num_processes]
+    return groups
+
+
+def mismatched_kl(model: Any, groups: list[Group], pad_id: int, args: Args, accelerator: Accelerator) -> float:
+    """KTO's estimate of KL(pi, pi_ref) in nats per response: the mean log-ratio of mismatched responses, at least 0."""
     sums = []
     for who in ("policy", "reference"):
-        sums.append([y.sum().item() for of_prompt in group_logprobs(model, who, mine, pad_id, args) for y in of_prompt])
+        of_groups = group_logprobs(model, who, groups, pad_id, args)
+        sums.append([y.sum().item() for of_prompt in of_groups for y in of_prompt])
     total, n = global_sums(accelerator, sum(sums[0]) - sum(sums[1]), len(sums[0]))
     return max(total / n, 0.0) if n else 0.0
 
@@ -1986,6 +1988,32 @@ def rank_samples(
     return examples, references
 
 
+def sample_preferences(
+    model: Any, tokenizer: Any, prompts: list[dict], places: list[int], reward: Any, gold: Any, stop_ids: list[int],
+    step: int, args: Args, accelerator: Accelerator,
+) -> tuple[list[dict], list[list[Tensor]], dict[str, float], list[tuple]]:  # fmt: skip
+    """Samples of the policy, ranked by reward: (examples, the reference's log-probs, metrics, gates of step 0).
+
+    Metrics are means over all samples of the step: score, gold utility, KL(pi, pi_ref) in nats, length, eos_rate.
+    """
+    rollout = roll_out(
+        model, tokenizer, prompts, places, args.samples_per_prompt, stop_ids, args, (args.seed, 0, step)
+    )  # fmt: skip
+    scores, gates = score_responses(rollout, reward, args), []
+    ref_logprobs, _ = role_logprobs(model, "reference", rollout, args.temperature)
+    if step == 0:
+        logprobs, _ = role_logprobs(model, "policy", rollout, args.temperature)
+        gates = preflight(model, rollout, logprobs, ref_logprobs, args)
+    golds = call_function(gold, str(args.gold_fn), rollout.prompts, rollout.texts) if gold else np.zeros(0)
+    kl = ((rollout.sampler_logprobs - ref_logprobs) * rollout.mask).sum()
+    sums = [scores.sum(), kl, rollout.mask.sum(), rollout.ended.sum(), np.nansum(golds), (golds == golds).sum()]
+    n, *totals = global_sums(accelerator, len(scores), *(float(x) for x in sums))
+    metrics = dict(zip(("score", "kl", "response_length", "eos_rate"), (x / n for x in totals[:4]), strict=True))
+    metrics |= {"gold": totals[4] / totals[5]} if totals[5] else {}
+    penalised = scores - args.missing_eos_penalty * (1 - rollout.ended)
+    return *rank_samples(rollout, penalised, ref_logprobs, args), metrics, gates
+
+
 # ---------------------------------------------------------------------------------------- preflight and evaluation
 
 
@@ -2072,16 +2100,17 @@ def write_samples(folder: Path, prompts: list[dict], results: dict[str, dict]) -
     write_file(folder / "samples.jsonl", lambda temporary: temporary.write_text("".join(lines), encoding="utf-8"))
 
 
-def rollout_means(
-    rollout: Rollout, scores: Tensor, ref_logprobs: Tensor, gold: np.ndarray | None, accelerator: Accelerator
-) -> dict[str, float]:
-    """Means over all samples of the step: score, gold utility, KL(pi, pi_ref) in nats, length in tokens, eos_rate."""
-    kl = ((rollout.sampler_logprobs - ref_logprobs) * rollout.mask).sum()
-    judged = gold[~np.isnan(gold)] if gold is not None else np.zeros(0)
-    sums = [scores.sum(), kl, rollout.mask.sum(), rollout.ended.sum(), judged.sum(), len(judged)]
-    n, *totals = global_sums(accelerator, len(scores), *(float(x) for x in sums))
-    means = dict(zip(("score", "kl", "response_length", "eos_rate"), (x / n for x in totals[:4]), strict=True))
-    return means | ({"gold": totals[4] / totals[5]} if totals[5] else {})
+def measure(
+    model: Any, value_head: nn.Linear | None, heldout: list[dict], references: list[list[Tensor]] | None,
+    baseline: float, pad_id: int, args: Args, accelerator: Accelerator,
+) -> dict[str, float]:  # fmt: skip
+    """preference_metrics on held-out preferences, {} where there are none; `baseline` as in training (kto: new)."""
+    if not heldout:
+        return {}
+    if args.loss == "kto":
+        baseline = mismatched_kl(model, mismatched_groups(heldout), pad_id, args, accelerator)
+    sums = preference_pass(model, value_head, heldout, references, 1.0, baseline, pad_id, args, grad=False)
+    return preference_metrics(sums.tolist(), args)
 
 
 def check_start(before: dict, args: Any) -> list[tuple]:
@@ -2268,18 +2297,11 @@ def main(args: Args) -> None:
 
     def judge() -> tuple[dict, dict]:
         """(metrics on held-out preferences, responses to held-out prompts), against the reference of the start."""
-        measured, answers = {}, {}
         with holding(reference, start_reference):
-            if heldout:
-                kl = mismatched_kl(model, heldout, pad_id, args, accelerator) if args.loss == "kto" else baseline
-                measured = preference_metrics(
-                    preference_pass(
-                        model, value_head, heldout, heldout_references, 1.0, kl, pad_id, args, grad=False
-                    ).tolist(), args,
-                )  # fmt: skip
-            if prompts:
-                answers = evaluate(model, tokenizer, "policy", prompts, reward, gold, stop_ids, args)
-        return measured, answers
+            measured = measure(model, value_head, heldout, heldout_references, baseline, pad_id, args, accelerator)
+            if not prompts:
+                return measured, {}
+            return measured, evaluate(model, tokenizer, "policy", prompts, reward, gold, stop_ids, args)
 
     before, answers_before = judge()
     after, answers_after = before, answers_before
@@ -2296,34 +2318,29 @@ def main(args: Args) -> None:
     for step in range(first_step, total_steps):
         start = time.time()
         metrics: dict[str, Any] = {"step": step}
-        chosen = [examples[i] for i in batch_indices(step, lengths, n_examples, args.seed)]
-        mine, ref_logprobs = chosen[rank::world], None
+
+        # 1. Preferences from the data set, 2. the reference's log-probs from the cache; online: both from samples
+        indices = batch_indices(step, lengths, n_examples, args.seed)
+        batch = [examples[i] for i in indices]
+        mine, ref_logprobs = batch[rank::world], None
         if args.online:
-            # 1. Responses y ~ pi_theta(.|x), ranked by their scores; 2. the reference's log-probs of all of them
-            places, key = list(range(n_examples))[rank::world], (args.seed, 0, step)
-            rollout = roll_out(model, tokenizer, mine, places, args.samples_per_prompt, stop_ids, args, key)
-            scores = score_responses(rollout, reward, args)
-            all_ref_logprobs, _ = role_logprobs(model, "reference", rollout, args.temperature)
-            if step == 0:
-                old_logprobs, _ = role_logprobs(model, "policy", rollout, args.temperature)
-                gates = preflight(model, rollout, old_logprobs, all_ref_logprobs, args)
-            golds = call_function(gold, str(args.gold_fn), rollout.prompts, rollout.texts) if gold else None
-            metrics |= rollout_means(rollout, scores, all_ref_logprobs, golds, accelerator)
-            penalised = scores - args.missing_eos_penalty * (1 - rollout.ended)
-            mine, ref_logprobs = rank_samples(rollout, penalised, all_ref_logprobs, args)
+            places = list(range(n_examples))[rank::world]  # a prompt's place in the batch names its noise
+            mine, ref_logprobs, sampled, checks = sample_preferences(
+                model, tokenizer, mine, places, reward, gold, stop_ids, step, args, accelerator
+            )
+            metrics, gates = metrics | sampled, checks or gates
         elif references is not None:
-            # 1. Preferences from the data set; 2. the reference's log-probs from the cache
-            ref_logprobs = [references[i] for i in batch_indices(step, lengths, n_examples, args.seed)][rank::world]
+            ref_logprobs = [references[i] for i in indices[rank::world]]
 
         # 3. The loss and its gradient, as the mean over the prompts of the whole batch
         if args.loss == "kto":
-            baseline = mismatched_kl(model, mine if args.online else chosen, pad_id, args, accelerator)
+            mismatched = mismatched_groups(mine) if args.online else mismatched_groups(batch)[rank::world]
+            baseline = mismatched_kl(model, mismatched, pad_id, args, accelerator)
         (n_prompts,) = global_sums(accelerator, len(mine))
         sums = preference_pass(model, value_head, mine, ref_logprobs, n_prompts, baseline, pad_id, args, grad=True)
         metrics |= preference_metrics(global_sums(accelerator, *sums), args)
-        if args.loss == "bco" and n_prompts:  # the mean reward, over batches
-            middle = (metrics["chosen_reward"] + metrics["rejected_reward"]) / 2
-            baseline = 0.9 * baseline + 0.1 * middle
+        if args.loss == "bco" and n_prompts:  # the mean reward, as a moving average over batches
+            baseline = 0.9 * baseline + 0.05 * (metrics["chosen_reward"] + metrics["rejected_reward"])
 
         # 4. Update; the reference becomes the policy
         learning_rate = learning_rate_at(step, total_steps, args.learning_rate, args.warmup_ratio)
