@@ -97,7 +97,7 @@ class Loss(NamedTuple):
 
 
 LOSSES = {
-    "sigmoid": Loss("pairs", True, 0.1), "robust": Loss("pairs", True, 0.1), "ipo": Loss("pairs", True, 0.1),
+    "sigmoid": Loss("pairs", True, 0.1), "robust": Loss("pairs", True, 0.1), "ipo": Loss("pairs", True, 0.5),
     "hinge": Loss("pairs", True, 0.1), "nca": Loss("pairs", True, 0.1), "apo_zero": Loss("pairs", True, 0.1),
     "apo_down": Loss("pairs", True, 0.1), "sppo": Loss("lists", True, 0.1), "bco": Loss("pairs", True, 0.1),
     "rdpo": Loss("pairs", True, 0.1), "ld": Loss("pairs", True, 0.1), "tdpo1": Loss("pairs", True, 0.1),
@@ -204,7 +204,7 @@ class Args:
     micro_batch_size: int = arg(
         16, "rows (reward, dpo: prompts; RL: responses) per forward pass: memory, not the result"
     )
-    epochs: float = arg(1.0, "passes over the dataset")
+    epochs: float = arg(0.75, "passes over the dataset")
     max_steps: int = arg(0, "stop after this many steps; 0: no limit; the smaller bound wins")
     # run
     output_dir: str = arg("runs/dpo", "run folder; an existing one is renamed unless --resume")
@@ -274,7 +274,7 @@ def dpo_loss(chosen: Tensor, rejected: Tensor, beta: float, label_smoothing: flo
 def robust_loss(chosen: Tensor, rejected: Tensor, beta: float, label_smoothing: float) -> Tensor:
     """robust: ((1 - e) l(d) - e l(-d)) / (1 - 2e), l(d) = -log sigma(d): unbiased when a share e < 1/2 is mislabelled.
 
-    Chowdhury et al. 2024 (rDPO), eq. 12.
+    Chowdhury et al. 2024 (rDPO, arXiv 2403.00409).
 
     >>> robust_loss(torch.tensor([0.0, 3.0]), torch.tensor([0.0, -7.0]), 0.1, 0.25)  # 0.3133 - 0.25 / 0.5
     tensor([ 0.6931, -0.1867])
@@ -286,7 +286,8 @@ def robust_loss(chosen: Tensor, rejected: Tensor, beta: float, label_smoothing: 
 def ipo_loss(chosen: Tensor, rejected: Tensor, chosen_length: Tensor, rejected_length: Tensor, tau: float) -> Tensor:
     """ipo: (chosen/|y_w| - rejected/|y_l| - 1/(2 tau))^2: the margin is regressed on a target and stops growing there.
 
-    Azar et al. 2023 (IPO), eq. 17, with log-ratios per token, as the authors ran it.
+    Azar et al. 2023 (IPO), eq. 17, with log-ratios per token, as TRL has it after asking the authors: tau 0.5 aims at
+    one nat per token.
 
     >>> ipo_loss(torch.tensor([10.0]), torch.tensor([-4.0]), torch.tensor([5]), torch.tensor([2]), 0.1)  # 2 + 2 - 5
     tensor([1.])
@@ -295,7 +296,7 @@ def ipo_loss(chosen: Tensor, rejected: Tensor, chosen_length: Tensor, rejected_l
 
 
 def hinge_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
-    """hinge: max(0, 1 - beta (chosen - rejected)). Zhao et al. 2023 (SLiC-HF), eq. 1, on the rewards of RSO (Liu 2023).
+    """hinge: max(0, 1 - beta (chosen - rejected)). Zhao et al. 2023 (SLiC-HF), on RSO's rewards (Liu 2023).
 
     >>> hinge_loss(torch.tensor([3.0, 20.0]), torch.tensor([-1.0, 0.0]), 0.1)
     tensor([0.6000, 0.0000])
@@ -306,7 +307,7 @@ def hinge_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
 def nca_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
     """nca: -log sigma(r_w) - 1/2 log sigma(-r_w) - 1/2 log sigma(-r_l): absolute rewards, so r_w is kept from falling.
 
-    Chen et al. 2024 (noise contrastive alignment), eq. 11 with K = 2.
+    Chen et al. 2024 (noise contrastive alignment, arXiv 2402.05369), with K = 2.
 
     >>> nca_loss(torch.tensor([0.0]), torch.tensor([0.0]), 0.1)  # 2 log 2
     tensor([1.3863])
@@ -351,7 +352,7 @@ def sppo_loss(log_ratio: Tensor, win_probability: Tensor, beta: float) -> Tensor
 def bco_loss(chosen: Tensor, rejected: Tensor, beta: float, shift: float) -> Tensor:
     """bco: -log sigma(r_w - shift) - log sigma(shift - r_l), a classifier of single responses; shift: mean reward.
 
-    Jung et al. 2024 (binary classifier optimisation), eq. 12.
+    Jung et al. 2024 (binary classifier optimisation, arXiv 2404.04656).
 
     >>> bco_loss(torch.tensor([10.0]), torch.tensor([10.0]), 0.1, 1.0)  # 2 log 2
     tensor([1.3863])
@@ -362,7 +363,7 @@ def bco_loss(chosen: Tensor, rejected: Tensor, beta: float, shift: float) -> Ten
 def rdpo_loss(chosen: Tensor, rejected: Tensor, longer: Tensor, beta: float, length_alpha: float) -> Tensor:
     """rdpo: -log sigma(r_w - r_l + alpha (|y_w| - |y_l|)): what length alone explains is not learnt.
 
-    Park et al. 2024 (R-DPO), eq. 9, from the objective r - alpha |y|. longer (P,) = |y_w| - |y_l| in tokens.
+    Park et al. 2024 (R-DPO, arXiv 2403.19159), from the objective r - alpha |y|. longer (P,) = |y_w| - |y_l| in tokens.
 
     >>> rdpo_loss(torch.tensor([0.0]), torch.tensor([0.0]), torch.tensor([50]), 0.1, 0.02)
     tensor([0.3133])
@@ -373,7 +374,7 @@ def rdpo_loss(chosen: Tensor, rejected: Tensor, longer: Tensor, beta: float, len
 def length_desensitised(x: Tensor, mask: Tensor, shared_length: Tensor, ld_alpha: float) -> Tensor:
     """ld: log-ratios per token x (P, T) summed, those beyond shared_length (P,) with weight ld_alpha -> (P,).
 
-    Liu et al. 2024 (LD-DPO), eq. 8; shared_length is the length of the pair's shorter response.
+    Liu et al. 2024 (LD-DPO, arXiv 2409.06411); shared_length is the length of the pair's shorter response.
 
     >>> length_desensitised(torch.tensor([[1.0, 2.0, 4.0]]), torch.ones(1, 3), torch.tensor([1]), 0.5)
     tensor([4.])
@@ -406,12 +407,13 @@ def divergence_score(log_ratio: Tensor, divergence: str, alpha: float) -> Tensor
     >>> torch.cat([divergence_score(two, d, 0.5) for d in ("reverse_kl", "forward_kl", "js", "alpha")])
     tensor([ 2.0000, -0.1353, -0.1269,  1.2642])
     """
+    largest = 80.0  # e^88.8 is infinite in fp32, and the difference of two such scores NaN
     if divergence == "forward_kl":
-        return -torch.exp(-log_ratio)
+        return -torch.exp((-log_ratio).clamp(max=largest))
     if divergence == "js":
         return logsigmoid(log_ratio)
     if divergence == "alpha" and alpha != 0:
-        return -torch.expm1(-alpha * log_ratio) / alpha
+        return -torch.expm1((-alpha * log_ratio).clamp(max=largest)) / alpha
     return log_ratio
 
 
@@ -423,6 +425,7 @@ def orpo_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
     >>> orpo_loss(torch.log(torch.tensor([0.5])), torch.log(torch.tensor([0.2])), 1.0)  # odds 1 and 1/4: log(5/4)
     tensor([0.2231])
     """
+    chosen, rejected = chosen.clamp(max=-1e-6), rejected.clamp(max=-1e-6)  # p = 1 would have infinite odds
     log_odds = chosen - rejected - torch.log(-torch.expm1(chosen)) + torch.log(-torch.expm1(rejected))
     return beta * softplus(-log_odds)
 
@@ -439,7 +442,7 @@ def simpo_loss(chosen: Tensor, rejected: Tensor, beta: float, gamma: float, labe
 
 
 def cpo_loss(chosen: Tensor, rejected: Tensor, beta: float, label_smoothing: float) -> Tensor:
-    """cpo: DPO with a uniform reference, on log-probs (P,); Xu et al. 2024 (CPO), eq. 5; their NLL is --nll_coef.
+    """cpo: DPO with a uniform reference, on log-probs (P,); Xu et al. 2024 (CPO); their NLL is --nll_coef.
 
     >>> cpo_loss(torch.tensor([-20.0]), torch.tensor([-30.0]), 0.1, 0.0)
     tensor([0.3133])
@@ -450,7 +453,7 @@ def cpo_loss(chosen: Tensor, rejected: Tensor, beta: float, label_smoothing: flo
 def kto_loss(log_ratio: Tensor, label: Tensor, kl: float, beta: float, desirable: float, undesirable: float) -> Tensor:
     """kto: weight * (1 - sigma(+-(beta log-ratio - beta kl))) per response (S,), + where label is 1, - where it is 0.
 
-    Ethayarajh et al. 2024 (KTO), eq. 8; kl is `mismatched_kl`, an estimate of KL(pi, pi_ref) on this batch.
+    Ethayarajh et al. 2024 (KTO, arXiv 2402.01306); kl is `mismatched_kl`, an estimate of KL(pi, pi_ref) on this batch.
 
     >>> kto_loss(torch.tensor([12.0, 12.0]), torch.tensor([1.0, 0.0]), 2.0, 0.1, 1.0, 2.0)  # 0.2689, 2 * 0.7311
     tensor([0.2689, 1.4621])
@@ -462,7 +465,8 @@ def kto_loss(log_ratio: Tensor, label: Tensor, kl: float, beta: float, desirable
 def dro_loss(log_ratio: Tensor, values: Tensor, rewards: Tensor, beta: float) -> Tensor:
     """dro: 1/2 (reward - V(x) - beta log-ratio)^2 per response (S,): both sides of the optimum's equation meet.
 
-    Richemond et al. 2024 (DRO-V), eq. 4, tau = beta. The policy's gradient is divided by beta, as in their algorithm 1.
+    Richemond et al. 2024 (DRO-V, arXiv 2405.19107), tau = beta. For the policy it is divided by beta, which leaves its
+    gradient -(reward - V) grad log pi at the start.
 
     >>> dro_loss(torch.tensor([5.0]), torch.tensor([0.1]), torch.tensor([1.0]), 0.1)  # (1 - 0.1 - 0.5)^2 / 2
     tensor([0.0800])
@@ -473,7 +477,7 @@ def dro_loss(log_ratio: Tensor, values: Tensor, rewards: Tensor, beta: float) ->
 def lipo_loss(rewards: Tensor, relevance: Tensor, prompt: Tensor) -> Tensor:
     """lipo: implicit rewards (S,), relevance in [0, 1] (S,), prompt number (S,) -> (S,), whose sum is the LambdaLoss.
 
-    Liu et al. 2024 (LiPO), eq. 8: the sum over the pairs psi_i > psi_j of a prompt of Delta_ij log(1 + e^(r_j - r_i)),
+    Liu et al. 2024 (LiPO, arXiv 2402.01878): over the pairs psi_i > psi_j of a prompt, Delta_ij log(1 + e^(r_j - r_i)),
     Delta_ij = |2^psi_i - 2^psi_j| |1/log(1 + tau_i) - 1/log(1 + tau_j)|, tau: the place by r, 1 = highest.
 
     >>> lipo_loss(torch.zeros(2), torch.tensor([1.0, 0.0]), torch.zeros(2))  # (1/log 2 - 1/log 3) * log 2
@@ -1785,7 +1789,7 @@ def cached_logprobs(
 
 
 def mismatched_groups(batch: list[dict]) -> list[Group]:
-    """Each prompt with the responses of the next example of the batch that has another prompt (KTO, section 4.1)."""
+    """Each prompt with the responses of the next example of the batch that has another prompt (KTO's z_0)."""
     groups = []
     for k, e in enumerate(batch):
         others = [*batch[k + 1 :], *batch[:k]]
@@ -1826,7 +1830,10 @@ def holding(parameters: list[nn.Parameter], values: list[Tensor]) -> Iterator[No
 
 # ------------------------------------------------------------------------------------------------ loss of a batch
 def roles_in_pairs(batch: Preferences, args: Any) -> tuple[Tensor, Tensor]:
-    """How much each response (S,) counts as a chosen one, and as a rejected one; each prompt counts 1 in all."""
+    """How much each response (S,) counts as a chosen one, and as a rejected one; each prompt counts 1 in all.
+
+    Labels: chosen is a label above 1/2, for dro's rewards too.
+    """
     if LOSSES[args.loss].data == "labels":
         liked = (batch.wins > 0.5).float()
         return batch.share * liked, batch.share * (1 - liked)
@@ -1849,7 +1856,8 @@ def preference_loss(
     kl (S,): sequential KL (tdpo); values (S,): V(x) (dro); baseline: KL estimate (kto), mean reward (bco).
     """
     mask, beta, smoothing = batch.rows.mask, args.beta, args.label_smoothing
-    log_ratios, lengths = logprobs - batch.ref_logprobs, mask.sum(1)
+    logprobs, lengths = logprobs * mask, mask.sum(1)
+    log_ratios = logprobs - batch.ref_logprobs
     logprob, log_ratio = logprobs.sum(1), log_ratios.sum(1)
 
     def pick(x: Tensor) -> tuple[Tensor, Tensor]:  # of the better and of the worse response of each pair
@@ -1884,7 +1892,7 @@ def preference_loss(
             log_ratio, batch.wins, baseline, beta, args.desirable_weight, args.undesirable_weight
         ),
         "dro": lambda: dro_loss(log_ratio, values, batch.wins, beta) / beta,
-        "sppo": lambda: sppo_loss(log_ratio, batch.wins, beta),
+        "sppo": lambda: 2 * batch.share * sppo_loss(log_ratio, batch.wins, beta),  # any K counts as a pair
         "lipo": lambda: lipo_loss(beta * log_ratio, batch.wins, batch.prompt),
         "plackett_luce": lambda: plackett_luce_loss(beta * log_ratio, batch.ranks, batch.prompt),
     }  # fmt: skip
@@ -1969,7 +1977,8 @@ def rank_samples(
 ) -> tuple[list[dict], list[list[Tensor]]]:
     """Preferences among the samples of each prompt, and the reference's log-probs; equal scores give none.
 
-    The win probability of a sample (sppo, lipo) is the mean of sigma(score - other score) over the prompt's others.
+    The win probability of a sample (sppo, lipo) is the mean of sigma(score - other score) over the prompt's others;
+    dro takes the score itself.
     """
     k = args.samples_per_prompt
     examples, references = [], []
@@ -1981,8 +1990,8 @@ def rank_samples(
         responses = [rollout.responses[p * k + i] for i in kept]
         example = {"group": (rollout.prompts[p * k]["ids"], responses), "key": rollout.prompts[p * k]["key"]}
         example["ranks"] = [-s[i].item() for i in kept]
-        if args.loss in ("sppo", "lipo"):
-            example["wins"] = [wins[i].item() for i in kept]
+        if args.loss in ("sppo", "lipo", "dro"):
+            example["wins"] = [(s if args.loss == "dro" else wins)[i].item() for i in kept]
         examples.append(example)
         references.append([ref_logprobs[p * k + i, : len(y)].cpu() for i, y in zip(kept, responses, strict=True)])
     return examples, references
@@ -2179,7 +2188,7 @@ def settle_args(args: Args, world: int) -> None:
         raise UserError(
             f"--batch_size {args.batch_size}: no multiple of --samples_per_prompt {g} (>= 2) x {world} processes"
         )
-    if kind.data == "labels" and args.pairs == "all" and g > 2:
+    if args.loss == "kto" and args.pairs == "all" and g > 2:
         raise UserError(f"--loss {args.loss} needs a liked and a disliked response; use --pairs best_worst")
 
 

@@ -202,10 +202,16 @@ def test_code_lines_by_hand() -> None:
 
 @EACH
 def test_sizes(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Prints the code lines against DESIGN's aim; `main` is nested at most 4 deep."""
+    """Prints the code lines against DESIGN's aim, and how many are the stage's own; `main` nests at most 4 deep."""
     source = script.read_text(encoding="utf-8")
     main = next(n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == "main")
+    others = [definitions(path.read_text(encoding="utf-8")) for path in SCRIPTS if path != script]
+    mine = {name: text for name, text in definitions(source).items() if name not in MAY_DIFFER}
+    repeated = sum(code_lines(text) for name, text in mine.items() if any(name in other for other in others))
     length, size = code_lines("\n".join(source.splitlines()[main.lineno - 1 : main.end_lineno])), code_lines(source)
     with capsys.disabled():
-        print(f" {script.name}: {size} code lines (aim {AIMS[script.stem]}), main {length}, nested {nesting(main)}")
+        print(
+            f" {script.name}: {size} code lines (aim {AIMS[script.stem]}), {size - repeated} of them its own; "
+            f"main {length}, nested {nesting(main)}"
+        )
     assert nesting(main) <= 4

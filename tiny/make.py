@@ -6,6 +6,7 @@
     python tiny/make.py sft | reward | ppo | responses      the later stages, by the repository's own scripts
     python tiny/make.py measure       ceilings of the labels, and what the reward model learned of the annotator's taste
     python tiny/make.py all           everything above, in this order
+    python tiny/make.py compare       README's table of methods, three seeds each; half an hour
 
 Everything is a function of SEED: `data` writes the same bytes every time (a test compares with the committed files).
 Runs go to tiny/build/, which git ignores; what later stages and users need is copied from there to tiny/.
@@ -23,6 +24,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -427,13 +429,54 @@ def measure() -> None:
     print(", ".join(f"{name} {weight:.2f}" for name, weight in zip(terms[0], weights, strict=True)))
 
 
+# Row of README's table -> command; the scripts' defaults, but online DPO draws as many samples as PPO does.
+METHODS = {
+    **{loss: f"dpo.py --loss {loss}" for loss in ("sigmoid", "ipo", "simpo", "orpo", "kto", "rdpo")},
+    "online sigmoid": "dpo.py --online --batch_size 128 --epochs 2.5",
+    "ppo": "ppo.py",
+}
+
+
+def method_figures(folder: Path) -> tuple[float, float, float, float]:
+    """(gold, KL to the SFT model, tokens, gold win-rate over the SFT model) of a run on the evaluation prompts."""
+    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    before, after = [[row for row in rows if (row["model"] == "sft") is sft] for sft in (True, False)]
+    wins = [(a["gold"] > b["gold"]) + 0.5 * (a["gold"] == b["gold"]) for b, a in zip(before, after, strict=True)]
+    kl = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["heldout_kl"]
+    return mean([row["gold"] for row in after]), kl, mean([row["tokens"] for row in after]), mean(wins)
+
+
+def compare() -> None:
+    """Run every method of METHODS with seeds 0, 1, 2 (finished runs are kept); print means and 95 % t intervals."""
+    from scipy.stats import t
+
+    print("| method | gold | KL, nats | tokens | gold win-rate over SFT |\n|---|---|---|---|---|")
+    for name, command in METHODS.items():
+        figures = []
+        for seed in range(3):
+            folder = BUILD / "compare" / f"{name.replace(' ', '_')}_{seed}"
+            if not (folder / "report.json").is_file():
+                shutil.rmtree(folder, ignore_errors=True)
+                line = [*command.split(), "--seed", str(seed), "--output_dir", str(folder)]
+                subprocess.run([sys.executable, *line], cwd=TINY.parent, check=True, stdout=subprocess.DEVNULL)
+            figures.append(method_figures(folder))
+        cells = []
+        for digits, values in zip((3, 2, 1, 3), zip(*figures, strict=True), strict=True):
+            half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
+            cells.append(f"{mean(values):.{digits}f} +- {half:.{digits}f}")
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Make one thing, or all in order."""
     makers: dict[str, Callable[[], None]] = {"data": make_data, "init": make_init}
     makers |= {name: partial(run_stage, name) for name in STAGES} | {"responses": make_responses, "measure": measure}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=[*makers, "all"])
+    parser.add_argument("what", choices=[*makers, "all", "compare"])
     what = parser.parse_args(argv).what
+    if what == "compare":
+        compare()
+        return
     for name in makers if what == "all" else [what]:
         makers[name]()
 
