@@ -136,7 +136,7 @@ class Args:
     # roles
     model: str = arg(str(TINY / "sft"), "base model or run folder: hub id or local path")
     reward_model: str | None = arg(
-        None, "run folder or model with one score; RL's default: tiny/reward unless --reward_fn"
+        None, "run folder or model with one score; default in ppo and online dpo: tiny/reward unless --reward_fn"
     )
     reward_fn: str | None = arg(None, "file.py:function that scores responses instead of a reward model")
     gold_fn: str | None = arg(
@@ -2086,14 +2086,14 @@ def closing_table(before: dict, after: dict, stage: str, seconds: float) -> str:
     """Reference and policy on the same held-out prompts: means with 95 % intervals, win-rate (a tie counts half)."""
     rows = [("gold utility", "gold"), ("score (proxy)", "score"), ("KL to reference, nats", "kl"),
             ("length, tokens", "length"), ("entropy, nats/token", "entropy"), ("share ended", "ended")]  # fmt: skip
-    lines = [f"{'held-out prompts: ' + str(len(before['texts'])):28}{'SFT (reference)':>26}{stage + ' (policy)':>26}"]
+    lines = [f"{'held-out prompts: ' + str(len(before['texts'])):28}{'SFT (reference)':>30}{stage + ' (policy)':>30}"]
     for label, key in rows:
         if key in before:
             cells = [f"{m:.3f} [{low:.3f}, {high:.3f}]" for m, low, high in (interval(x[key]) for x in (before, after))]
-            lines.append(f"{label:28}{cells[0]:>26}{cells[1]:>26}")
+            lines.append(f"{label:28}{cells[0]:>30}{cells[1]:>30}")
     for key in [key for key in ("gold", "score") if key in before][:1]:
         m, low, high = interval(np.sign(after[key] - before[key]) / 2 + 0.5)
-        lines.append(f"{key + ' win-rate over SFT':28}{'':26}{f'{m:.3f} [{low:.3f}, {high:.3f}]':>26}")
+        lines.append(f"{key + ' win-rate over SFT':28}{'':26}{f'{m:.3f} [{low:.3f}, {high:.3f}]':>30}")
     return "\n".join([*lines, f"{'wall time, s':28}{'':26}{seconds:>26.0f}"])
 
 
@@ -2104,7 +2104,8 @@ def write_samples(folder: Path, prompts: list[dict], results: dict[str, dict]) -
         for i, (p, text) in enumerate(zip(prompts, result["texts"], strict=True)):
             row = {"id": p["columns"].get("id", i), "prompt": p["prompt"], "response": text, "model": name}
             row |= {"finish_reason": "stop" if result["ended"][i] else "length", "tokens": int(result["length"][i])}
-            row |= {key: round(float(result[key][i]), 4) for key in ("score", "gold") if key in result}
+            known = [key for key in ("score", "gold") if key in result and result[key][i] == result[key][i]]
+            row |= {key: round(float(result[key][i]), 4) for key in known}
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     write_file(folder / "samples.jsonl", lambda temporary: temporary.write_text("".join(lines), encoding="utf-8"))
 
@@ -2148,14 +2149,14 @@ def outcome_gates(before: dict, after: dict, n: int) -> list[tuple]:
 
 def heldout_table(before: dict, after: dict, n: int) -> str:
     """Held-out preferences before and after training; the accuracy with its 95 % interval over n examples."""
-    lines = [f"{'held-out preferences: ' + str(n):28}{'before':>26}{'after':>26}"]
+    lines = [f"{'held-out preferences: ' + str(n):28}{'before':>30}{'after':>30}"]
     for key in ("loss", "accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logprob", "rejected_logprob"):
         cells = [f"{x[key]:.3f}" for x in (before, after)]
         if key == "accuracy":
             bounds = [wilson_interval(x[key], n) for x in (before, after)]
             cells = [f"{cell} [{low:.3f}, {high:.3f}]" for cell, (low, high) in zip(cells, bounds, strict=True)]
         if before[key] == before[key]:  # labels of single responses have no accuracy
-            lines.append(f"{key.replace('_', ' '):28}{cells[0]:>26}{cells[1]:>26}")
+            lines.append(f"{key.replace('_', ' '):28}{cells[0]:>30}{cells[1]:>30}")
     return "\n".join(lines)
 
 

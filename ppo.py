@@ -99,7 +99,7 @@ class Args:
     # roles
     model: str = arg(str(TINY / "sft"), "base model or run folder: hub id or local path")
     reward_model: str | None = arg(
-        None, "run folder or model with one score; RL's default: tiny/reward unless --reward_fn"
+        None, "run folder or model with one score; default in ppo and online dpo: tiny/reward unless --reward_fn"
     )
     reward_fn: str | None = arg(None, "file.py:function that scores responses instead of a reward model")
     gold_fn: str | None = arg(
@@ -130,7 +130,7 @@ class Args:
     missing_eos_penalty: float = arg(1.0, "subtracted from the score of a response that did not end")
     score_clip: float = arg(0.0, "scores are clipped to +- this; 0: not")
     # PPO
-    kl_coef: float = arg(0.1, "weight of the KL penalty towards the reference in the per-token reward")
+    kl_coef: float = arg(0.1, "weight of the KL penalty towards the reference")
     kl_target: float = arg(0.0, "adapt kl_coef to hold this KL (nats per response); 0: fixed")
     kl_horizon: int = arg(10000, "responses over which kl_coef adapts")
     gamma: float = arg(1.0, "discount")
@@ -1516,14 +1516,14 @@ def closing_table(before: dict, after: dict, stage: str, seconds: float) -> str:
     """Reference and policy on the same held-out prompts: means with 95 % intervals, win-rate (a tie counts half)."""
     rows = [("gold utility", "gold"), ("score (proxy)", "score"), ("KL to reference, nats", "kl"),
             ("length, tokens", "length"), ("entropy, nats/token", "entropy"), ("share ended", "ended")]  # fmt: skip
-    lines = [f"{'held-out prompts: ' + str(len(before['texts'])):28}{'SFT (reference)':>26}{stage + ' (policy)':>26}"]
+    lines = [f"{'held-out prompts: ' + str(len(before['texts'])):28}{'SFT (reference)':>30}{stage + ' (policy)':>30}"]
     for label, key in rows:
         if key in before:
             cells = [f"{m:.3f} [{low:.3f}, {high:.3f}]" for m, low, high in (interval(x[key]) for x in (before, after))]
-            lines.append(f"{label:28}{cells[0]:>26}{cells[1]:>26}")
+            lines.append(f"{label:28}{cells[0]:>30}{cells[1]:>30}")
     for key in [key for key in ("gold", "score") if key in before][:1]:
         m, low, high = interval(np.sign(after[key] - before[key]) / 2 + 0.5)
-        lines.append(f"{key + ' win-rate over SFT':28}{'':26}{f'{m:.3f} [{low:.3f}, {high:.3f}]':>26}")
+        lines.append(f"{key + ' win-rate over SFT':28}{'':26}{f'{m:.3f} [{low:.3f}, {high:.3f}]':>30}")
     return "\n".join([*lines, f"{'wall time, s':28}{'':26}{seconds:>26.0f}"])
 
 
@@ -1534,7 +1534,8 @@ def write_samples(folder: Path, prompts: list[dict], results: dict[str, dict]) -
         for i, (p, text) in enumerate(zip(prompts, result["texts"], strict=True)):
             row = {"id": p["columns"].get("id", i), "prompt": p["prompt"], "response": text, "model": name}
             row |= {"finish_reason": "stop" if result["ended"][i] else "length", "tokens": int(result["length"][i])}
-            row |= {key: round(float(result[key][i]), 4) for key in ("score", "gold") if key in result}
+            known = [key for key in ("score", "gold") if key in result and result[key][i] == result[key][i]]
+            row |= {key: round(float(result[key][i]), 4) for key in known}
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     write_file(folder / "samples.jsonl", lambda temporary: temporary.write_text("".join(lines), encoding="utf-8"))
 
@@ -1582,7 +1583,7 @@ def load_prompts(args: Args, tokenizer: Any) -> tuple[list[dict], list[dict]]:
     prompts = encode_rows(args.dataset, args.dataset_split, [("prompt",)], encode)
     heldout = args.eval_dataset or (str(TINY / "prompts_eval.jsonl") if args.dataset == Args.dataset else None)
     if heldout is None and not args.eval_size:
-        raise UserError("--eval_size 0: PPO is judged on held-out prompts; hold some out or give --eval_dataset")
+        raise UserError("--eval_size 0: RL is judged on held-out prompts; hold some out or give --eval_dataset")
     if heldout is None:
         return hold_out(prompts, args.eval_size, args.seed)
     return prompts, encode_rows(heldout, args.dataset_split, [("prompt",)], encode)
