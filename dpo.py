@@ -486,7 +486,8 @@ def lipo_loss(rewards: Tensor, relevance: Tensor, prompt: Tensor) -> Tensor:
     tensor([0.6993, 0.0000])
     """
     same, index = prompt[:, None] == prompt, torch.arange(len(prompt), device=prompt.device)
-    before = (rewards > rewards[:, None]) | ((rewards == rewards[:, None]) & (index < index[:, None]))
+    r = rewards.detach().round(decimals=4)  # what differs by rounding alone is tied
+    before = (r > r[:, None]) | ((r == r[:, None]) & (index < index[:, None]))
     place = 1 + (same & before).sum(1)  # no shared places: at the start all rewards are 0 and every Delta would be
     gain, discount = 2**relevance, 1 / torch.log1p(place)
     delta = (gain[:, None] - gain).abs() * (discount[:, None] - discount).abs()
@@ -896,7 +897,7 @@ def encode_group(prompt: Any, texts: list[str], tokenizer: Any, stop_ids: list[i
 
 def encode_preference(row: dict, tokenizer: Any, stop_ids: list[int], args: Any) -> list[dict]:
     """One row -> [{"group", "ranks", "margin", "key", and the row's "id", "prompt", "texts", "subset"}]."""
-    if row.get("chosen") is not None:
+    if row.get("chosen") is not None and row.get("rejected") is not None:
         (prompt, texts), ranks = read_pair(row), [1, 2]
     else:
         prompt, texts, ranks = row["prompt"], row["responses"], row["ranks"]
@@ -1745,7 +1746,7 @@ def global_sums(accelerator: Accelerator, *values: float) -> list[float]:
 def group_logprobs(model: Any, who: str, groups: list[Group], pad_id: int, args: Args) -> list[list[Tensor]]:
     """log pi of each group's responses in the role `who`, without gradients: a tensor (T,) on the CPU per response."""
     order = sorted(range(len(groups)), key=lambda g: group_tokens(groups[g]))
-    size = 4 * args.micro_batch_size  # nothing is kept for a backward pass
+    size = 16  # whatever --micro_batch_size is: a cache must not depend on it, not even in the last digit
     result: list[list[Tensor]] = [[] for _ in groups]
     with role(model, who):
         for part in (order[i : i + size] for i in range(0, len(order), size)):
@@ -1765,9 +1766,12 @@ def cached_logprobs(
 
     The file's name is a hash of all that decides them: base, adapter, precision, temperature and every token id.
     """
+    if not examples:
+        return []
     groups = [e["group"] for e in examples]
     weights = (adapter / "adapter_model.safetensors").read_bytes() if adapter else b""
-    settings = [base_identity(base), args.quant, args.dtype, model.device.type, args.temperature]
+    scale = model.peft_config["reference"].lora_alpha if adapter else None
+    settings = [base_identity(base), scale, args.quant, args.dtype, model.device.type, args.temperature]
     digest = hashlib.sha256(json.dumps(settings).encode() + weights)
     for group in groups:
         digest.update(json.dumps(group).encode())
@@ -1905,7 +1909,7 @@ def preference_sums(loss: Tensor, logprobs: Tensor, batch: Preferences, args: An
     """What preference_metrics needs, summed over the prompts of a micro-batch."""
     chosen, rejected = roles_in_pairs(batch, args)
     rewards, lengths = implicit_rewards(logprobs, batch, args), batch.rows.mask.sum(1).float()
-    d = rewards[batch.better] - rewards[batch.worse]
+    d = (rewards[batch.better] - rewards[batch.worse]).round(decimals=5)  # what differs by rounding alone is tied
     won = (batch.weight * torch.heaviside(d, torch.full_like(d, 0.5))).sum()
     kl = (old_new_kl(logprobs, batch.ref_logprobs) * batch.rows.mask).sum(1)
     sums = [u @ x for u in (chosen, rejected) for x in (torch.ones_like(rewards), rewards, logprobs.sum(1), lengths)]
@@ -2125,7 +2129,8 @@ def measure(
 
 def check_start(before: dict, args: Any) -> list[tuple]:
     """The gate logratio_step0: an untrained policy is the reference, to rounding, on held-out preferences."""
-    gap = max(abs(before[f"{k}_reward"] / before[f"{k}_length"]) for k in ("chosen", "rejected")) / args.beta
+    per_token = [before[f"{name}_reward"] / before[f"{name}_length"] for name in ("chosen", "rejected")]
+    gap = max(abs(x) for x in per_token if x == x) / args.beta  # labels may be all of one kind
     limit = 1e-4 if args.dtype == "float32" else 0.02
     print(f"preflight: {'ok ' if gap <= limit else 'RED'} logratio_step0 {gap:.3g} (limit {limit:g})")
     if not gap <= limit:
@@ -2314,7 +2319,7 @@ def main(args: Args) -> None:
             return measured, evaluate(model, tokenizer, "policy", prompts, reward, gold, stop_ids, args)
 
     before, answers_before = judge()
-    after, answers_after = before, answers_before
+    outcome: tuple[dict, dict] | None = None
     if state is not None:
         first_step, baseline, gates = state["step"], state["baseline"], [tuple(gate) for gate in state["gates"]]
         for p, saved in zip(itertools.chain(*parameters, reference), state["parameters"], strict=True):
@@ -2361,7 +2366,7 @@ def main(args: Args) -> None:
 
         # 5. Log, evaluate, save
         if step + 1 == total_steps or (args.eval_every and (step + 1) % args.eval_every == 0):
-            after, answers_after = judge()
+            after, answers_after = outcome = judge()
             metrics |= {f"heldout_{name}": after[name] for name in ("loss", "accuracy", "margin") if name in after}
             metrics |= {f"heldout_{n}": interval(answers_after[n])[0] for n in ("gold", "kl") if n in answers_after}
         seconds = time.time() - start
@@ -2377,6 +2382,7 @@ def main(args: Args) -> None:
             save_checkpoint(folder, {**saved, "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
 
     # Result: the policy's adapter, held-out responses of both, the tables, gates
+    after, answers_after = outcome or judge()
     if not accelerator.is_main_process:
         return
     save_adapter(folder, model, "policy", base, tokenizer)

@@ -535,7 +535,7 @@ def encode_group(prompt: Any, texts: list[str], tokenizer: Any, stop_ids: list[i
 
 def encode_preference(row: dict, tokenizer: Any, stop_ids: list[int], args: Any) -> list[dict]:
     """One row -> [{"group", "ranks", "margin", "key", and the row's "id", "prompt", "texts", "subset"}]."""
-    if row.get("chosen") is not None:
+    if row.get("chosen") is not None and row.get("rejected") is not None:
         (prompt, texts), ranks = read_pair(row), [1, 2]
     else:
         prompt, texts, ranks = row["prompt"], row["responses"], row["ranks"]

@@ -63,6 +63,20 @@ def test_reward_alone(base: Path, tmp_path: Path) -> None:
     assert len(read_jsonl(folder / "metrics.jsonl")) == 2 and (folder / "reward.json").is_file()
 
 
+def test_dpo_alone(sft_run: Path, tmp_path: Path) -> None:
+    """dpo.py with a run folder and local preferences; the reference's cache lies below where it stands."""
+    lines = (ROOT / "tiny" / "preferences.jsonl").read_text().splitlines()[:24]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines) + "\n")
+    flags = ["--model", str(sft_run), "--dataset", str(tmp_path / "pairs.jsonl"), "--max_steps", "2", "--epochs", "9"]
+    done = run_alone("dpo", tmp_path / "empty", *flags, "--batch_size", "8", "--eval_size", "4", "--eval_samples", "2")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "empty" / "runs" / "dpo"
+    assert len(read_jsonl(folder / "metrics.jsonl")) == 2 and len(read_jsonl(folder / "samples.jsonl")) == 4
+    assert json.loads((folder / "report.json").read_text())["stage"] == "dpo"
+    assert len(list((tmp_path / "empty" / "runs" / "cache").iterdir())) == 2
+    assert sorted(p.name for p in (tmp_path / "empty").iterdir() if p.name != "__pycache__") == ["dpo.py", "runs"]
+
+
 def test_a_missing_embedded_world_is_one_line(tmp_path: Path) -> None:
     """Copied alone and without flags: the default paths are not there, and one clear line says so."""
     done = run_alone("sft", tmp_path / "empty")

@@ -1,11 +1,13 @@
-"""Does RLHF work in the embedded world? One bare run by default; more seeds, and no KL penalty, in the slow tier."""
+"""Does RLHF work in the embedded world? One bare run by default; more seeds, no KL penalty, DPO: slow."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+import dpo
 import ppo
 
 
@@ -56,3 +58,22 @@ def test_gold_rises_with_the_kl_penalty_and_is_hacked_without(tmp_path: Path, se
     gold = [held_out(tmp_path / name, "ppo", "gold").mean() for name in ("kl", "free")]
     assert score[1] > score[0] and gold[1] < gold[0] - 0.2, "without KL penalty: proxy up, gold down"
     assert gold[1] < held_out(tmp_path / "free", "sft", "gold").mean(), "and below where it started"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("online", [False, True], ids=["offline", "online"])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_bare_dpo_raises_gold(tmp_path: Path, seed: int, online: bool) -> None:
+    """The annotator prefers the policy's held-out responses to SFT's: low end of the win-rate above 1/2."""
+    output, cache = str(tmp_path / "dpo"), str(tmp_path / "cache")
+    sampling: dict[str, Any] = (
+        {"online": True, "batch_size": 128, "epochs": 2.5} if online else {}
+    )  # as many samples as PPO's
+    dpo.main(dpo.Args(seed=seed, output_dir=output, cache_dir=cache, **sampling))
+    before, after = (held_out(tmp_path / "dpo", model, "gold") for model in ("sft", "dpo"))
+    assert len(before) == len(after) >= 200
+    wins = np.sign(after - before) / 2 + 0.5
+    assert wins.mean() - 1.96 * wins.std(ddof=1) / np.sqrt(len(wins)) > 0.5
+    report = json.loads((tmp_path / "dpo" / "report.json").read_text())
+    gates = {"kl_step0", "sampler_agreement"} if online else {"logratio_step0", "accuracy_low"}
+    assert report["passed"] and {gate["name"] for gate in report["gates"]} >= gates | {"gold_low"}
