@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+import dpo
+import grpo
+
 ROOT = Path(__file__).resolve().parents[1]
 READMES = [ROOT / "README.md", ROOT / "tiny" / "README.md"]
 
@@ -27,7 +30,7 @@ def test_commands_name_existing_scripts_and_flags(readme: Path) -> None:
     for script, rest in commands:
         assert (ROOT / script).is_file(), script
         asked = set(re.findall(r"--(\w+)", rest))
-        if script in ("sft.py", "reward.py", "ppo.py", "dpo.py"):
+        if script in ("sft.py", "reward.py", "ppo.py", "dpo.py", "grpo.py"):
             assert asked <= flags_of(ROOT / script) | {"help"}, f"{script}: {asked - flags_of(ROOT / script)}"
 
 
@@ -45,3 +48,33 @@ def test_named_functions_exist() -> None:
         source = (ROOT / script).read_text()
         for name in re.findall(r"`(\w+)`", names):
             assert f"\ndef {name}(" in source, f"{script} has no {name}"
+
+
+def test_the_table_of_losses_is_that_of_the_code() -> None:
+    """Every loss of dpo.py with its data, its use of the reference and its default beta."""
+    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|.*\| (yes|no) \| (\w+) \| ([\d.]+)", READMES[0].read_text(), re.M)
+    table = {name: (data, ref == "yes", float(beta)) for names, ref, data, beta in rows for name in names_in(names)}
+    assert table == {name: (loss.data, loss.reference, loss.beta) for name, loss in dpo.LOSSES.items()}
+
+
+def test_the_table_of_methods_is_that_of_the_code() -> None:
+    """Every method of grpo.py with its aggregation, ratio, clip range and KL term."""
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in READMES[0].read_text().splitlines()]
+    table = {names_in(row[0])[0]: row for row in cells if len(row) == 8 and names_in(row[0])}
+    assert table.keys() == grpo.METHODS.keys()
+    aggregations = {"response": "responses", "token": "tokens", "constant": "a constant"}
+    ratios = {"token": "token", "sequence": "sequence", "product": "whole response"}
+    penalties = {"none": "none", "k1": "k1 in the reward", "k3": "k3 in the loss"}
+    for name, method in grpo.METHODS.items():
+        _, _, aggregation, ratio, clip, kl, more, _ = table[name]
+        assert aggregation == aggregations[method.aggregation] and ratio == ratios[method.ratio], name
+        assert kl == penalties[method.kl] and bool(method.max_refills) == ("refills" in more), name
+        if method.surrogate == "clip":
+            assert [float(x) for x in clip.split(", ")] == [method.clip_low, method.clip_high], name
+        else:
+            assert float(clip.split()[-1]) == 1 + method.clip_high, name
+
+
+def names_in(cell: str) -> list[str]:
+    """The names in backticks of a table's cell."""
+    return re.findall(r"`(\w+)`", cell)
