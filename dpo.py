@@ -24,7 +24,8 @@ and the reward model's likelihood of a preference y_w > y_l can be maximised in 
     4. one update of the policy; every --sync_ref_every steps the reference becomes the policy (TR-DPO)
 
     python dpo.py                                         # the embedded world in tiny/, a minute on two cores
-    python dpo.py --model runs/sft --dataset HuggingFaceH4/ultrafeedback_binarized --dataset_split train_prefs
+    python dpo.py --model runs/sft --dataset HuggingFaceH4/ultrafeedback_binarized --dataset_split train_prefs \\
+                  --learning_rate 1e-5 --max_response_length 512 --batch_size 64 --micro_batch_size 2
     python dpo.py --loss kto --model runs/sft --dataset votes.jsonl
     python dpo.py --online --model runs/sft --reward_model runs/reward --dataset prompts.jsonl
 
@@ -52,6 +53,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -59,7 +61,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -186,15 +188,15 @@ class Args:
     online: bool = arg(
         False, "sample responses from the policy and rank them by reward, instead of a preference data set"
     )
-    pairs: Literal["best_worst", "all"] = arg("best_worst", "online: which of a prompt's responses are compared")
+    pairs: Literal["best_worst", "all"] | None = arg(
+        None, "online: which samples of a prompt are compared; default: all in lipo and plackett_luce, else best_worst"
+    )
     samples_per_prompt: int = arg(4, "responses per prompt; the prompt is computed once for all of them")
     temperature: float = arg(1.0, "of sampling and of every log-prob; no top-k or top-p, which would bias the ratio")
     sample_batch_size: int = arg(128, "responses decoded at once: memory, not the result")
     missing_eos_penalty: float = arg(1.0, "subtracted from the score of a response that did not end")
     # optimisation
-    learning_rate: float = arg(
-        1e-3, "peak learning rate; for LoRA on 7B 2e-4 (sft), 1e-4 (reward), 2e-5 (RL) are usual"
-    )
+    learning_rate: float = arg(1e-3, "peak learning rate; for LoRA on 7B: sft 2e-4, reward 1e-4, dpo 1e-5, RL 2e-5")
     warmup_ratio: float = arg(0.05, "share of the steps with rising learning rate; cosine to a tenth after it")
     weight_decay: float = arg(0.0, "AdamW weight decay")
     max_grad_norm: float = arg(1.0, "gradients longer than this are scaled down to it")
@@ -401,19 +403,21 @@ def tdpo_loss(
 def divergence_score(log_ratio: Tensor, divergence: str, alpha: float) -> Tensor:
     """f'(pi/pi_ref) up to a constant, which takes the log-ratio's place when a divergence D_f replaces the KL penalty.
 
-    Wang et al. 2023 (f-DPO), table 1: reverse KL log u; forward KL -1/u; JS log 2u/(1+u); alpha (1 - u^-alpha)/alpha.
+    Wang et al. 2023 (f-DPO), table 1: reverse KL log u; forward KL 1 - 1/u; JS log 2u/(1+u);
+    alpha (1 - u^-alpha)/alpha.
 
-    >>> two = torch.tensor([2.0])  # u = e^2: 2, -e^-2, log 1/(1 + e^-2), 2 (1 - e^-1)
+    >>> two = torch.tensor([2.0])  # u = e^2: 2, 1 - e^-2, log 1/(1 + e^-2), 2 (1 - e^-1)
     >>> torch.cat([divergence_score(two, d, 0.5) for d in ("reverse_kl", "forward_kl", "js", "alpha")])
-    tensor([ 2.0000, -0.1353, -0.1269,  1.2642])
+    tensor([ 2.0000,  0.8647, -0.1269,  1.2642])
     """
-    largest = 80.0  # e^88.8 is infinite in fp32, and the difference of two such scores NaN
     if divergence == "forward_kl":
-        return -torch.exp((-log_ratio).clamp(max=largest))
+        divergence, alpha = "alpha", 1.0
     if divergence == "js":
         return logsigmoid(log_ratio)
     if divergence == "alpha" and alpha != 0:
-        return -torch.expm1((-alpha * log_ratio).clamp(max=largest)) / alpha
+        x = -alpha * log_ratio
+        line = math.exp(20) * (x - 19) - 1  # the tangent goes on above 20: gradients of e^x would overflow
+        return -torch.where(x < 20, torch.expm1(x.clamp(max=20)), line) / alpha
     return log_ratio
 
 
@@ -1745,11 +1749,17 @@ def global_sums(accelerator: Accelerator, *values: float) -> list[float]:
 # ------------------------------------------------------------------------------------------------------- reference
 def group_logprobs(model: Any, who: str, groups: list[Group], pad_id: int, args: Args) -> list[list[Tensor]]:
     """log pi of each group's responses in the role `who`, without gradients: a tensor (T,) on the CPU per response."""
-    order = sorted(range(len(groups)), key=lambda g: group_tokens(groups[g]))
-    size = 16  # whatever --micro_batch_size is: a cache must not depend on it, not even in the last digit
+    # Whatever --micro_batch_size is: a cache must not depend on it. The longest first: too long shows at once.
+    order = sorted(range(len(groups)), key=lambda g: -group_tokens(groups[g]))
+    costs = [len(ys) * (len(prompt) + max(map(len, ys))) for prompt, ys in groups]  # tokens of padded rows
+    batches: list[list[int]] = []
+    for g in order:
+        if not batches or (len(batches[-1]) + 1) * max(costs[k] for k in [*batches[-1], g]) > 2**14:
+            batches.append([])
+        batches[-1].append(g)
     result: list[list[Tensor]] = [[] for _ in groups]
     with role(model, who):
-        for part in (order[i : i + size] for i in range(0, len(order), size)):
+        for part in batches:
             some = [groups[g] for g in part]
             shared = share_prompts(some, model.get_base_model().config)
             rows = lay_out(some, shared, pad_id, model.device)
@@ -1770,9 +1780,9 @@ def cached_logprobs(
         return []
     groups = [e["group"] for e in examples]
     weights = (adapter / "adapter_model.safetensors").read_bytes() if adapter else b""
-    scale = model.peft_config["reference"].lora_alpha if adapter else None
-    settings = [base_identity(base), scale, args.quant, args.dtype, model.device.type, args.temperature]
-    digest = hashlib.sha256(json.dumps(settings).encode() + weights)
+    config = model.peft_config["reference"].to_dict() if adapter else None
+    settings = [base_identity(base), args.revision, config, args.quant, args.dtype, str(model.device), args.temperature]
+    digest = hashlib.sha256(json.dumps(settings, default=lambda v: sorted(map(str, v))).encode() + weights)
     for group in groups:
         digest.update(json.dumps(group).encode())
     path = Path(args.cache_dir) / f"ref_logprobs_{digest.hexdigest()[:16]}.safetensors"
@@ -1782,6 +1792,7 @@ def cached_logprobs(
             print(f"reference: {len(flat)} log-probs from {path}")
         except (FileNotFoundError, SafetensorError):
             start = time.time()
+            print(f"reference: computing the log-probs of {len(groups)} examples, once", flush=True)
             flat = torch.cat(
                 [y for of_prompt in group_logprobs(model, "reference", groups, pad_id, args) for y in of_prompt]
             )
@@ -1928,7 +1939,7 @@ def preference_metrics(sums: list[float], args: Any) -> dict[str, float]:
             metrics[f"{name}_{key}"] = total / count if count else math.nan
     metrics["margin"] = metrics["chosen_reward"] - metrics["rejected_reward"]
     metrics["accuracy"] = won / pairs if pairs else math.nan
-    if LOSSES[args.loss].reference and n:
+    if LOSSES[args.loss].reference and n and not args.online:  # samples of the policy have a KL of their own
         metrics["ref_kl"] = kl / n
     return metrics
 
@@ -1979,23 +1990,27 @@ def preference_pass(
 def rank_samples(
     rollout: Rollout, scores: Tensor, ref_logprobs: Tensor, args: Args
 ) -> tuple[list[dict], list[list[Tensor]]]:
-    """Preferences among the samples of each prompt, and the reference's log-probs; equal scores give none.
+    """Preferences among the samples of each prompt, and the reference's log-probs; equal scores, and NaN, give none.
 
     The win probability of a sample (sppo, lipo) is the mean of sigma(score - other score) over the prompt's others;
     dro takes the score itself.
     """
     k = args.samples_per_prompt
     examples, references = [], []
-    for p, s in enumerate(scores.double().cpu().view(-1, k)):
-        if s.max() == s.min():
+    for p, s in enumerate(scores.double().cpu().view(-1, k).tolist()):
+        known = [i for i in range(k) if s[i] == s[i]]
+        if not known or (args.loss != "dro" and min(s[i] for i in known) == max(s[i] for i in known)):
             continue
-        wins = (torch.sigmoid(s[:, None] - s).sum(1) - 0.5) / (k - 1)
-        kept = [int(s.argmax()), int(s.argmin())] if args.pairs == "best_worst" else list(range(k))
+        kept = known  # dro learns from each by itself
+        if args.pairs != "all" and args.loss != "dro":
+            kept = [max(known, key=lambda i: s[i]), min(known, key=lambda i: s[i])]
         responses = [rollout.responses[p * k + i] for i in kept]
         example = {"group": (rollout.prompts[p * k]["ids"], responses), "key": rollout.prompts[p * k]["key"]}
-        example["ranks"] = [-s[i].item() for i in kept]
-        if args.loss in ("sppo", "lipo", "dro"):
-            example["wins"] = [(s if args.loss == "dro" else wins)[i].item() for i in kept]
+        example["ranks"] = [-s[i] for i in kept]
+        if args.loss == "dro":
+            example["wins"] = [s[i] for i in kept]
+        if args.loss in ("sppo", "lipo"):
+            example["wins"] = [np.mean([1 / (1 + math.exp(s[j] - s[i])) for j in known if j != i]) for i in kept]
         examples.append(example)
         references.append([ref_logprobs[p * k + i, : len(y)].cpu() for i, y in zip(kept, responses, strict=True)])
     return examples, references
@@ -2012,17 +2027,24 @@ def sample_preferences(
     rollout = roll_out(
         model, tokenizer, prompts, places, args.samples_per_prompt, stop_ids, args, (args.seed, 0, step)
     )  # fmt: skip
-    scores, gates = score_responses(rollout, reward, args), []
+    gates: list[tuple] = []
+    if isinstance(reward, RewardModel):
+        scores = score_responses(rollout, reward, args)
+    else:  # None, here NaN, leaves the sample out
+        values = call_function(reward, str(args.reward_fn), rollout.prompts, rollout.texts)
+        scores = torch.tensor(values, dtype=torch.float32, device=rollout.mask.device)
     ref_logprobs, _ = role_logprobs(model, "reference", rollout, args.temperature)
     if step == 0:
         logprobs, _ = role_logprobs(model, "policy", rollout, args.temperature)
         gates = preflight(model, rollout, logprobs, ref_logprobs, args)
     golds = call_function(gold, str(args.gold_fn), rollout.prompts, rollout.texts) if gold else np.zeros(0)
     kl = ((rollout.sampler_logprobs - ref_logprobs) * rollout.mask).sum()
-    sums = [scores.sum(), kl, rollout.mask.sum(), rollout.ended.sum(), np.nansum(golds), (golds == golds).sum()]
-    n, *totals = global_sums(accelerator, len(scores), *(float(x) for x in sums))
-    metrics = dict(zip(("score", "kl", "response_length", "eos_rate"), (x / n for x in totals[:4]), strict=True))
-    metrics |= {"gold": totals[4] / totals[5]} if totals[5] else {}
+    sums = [kl, rollout.mask.sum(), rollout.ended.sum(), scores.nansum(), (scores == scores).sum(), np.nansum(golds)]
+    n, *totals = global_sums(accelerator, len(scores), *(float(x) for x in sums), float((golds == golds).sum()))
+    metrics = dict(zip(("kl", "response_length", "eos_rate"), (x / n for x in totals[:3]), strict=True))
+    _, _, _, score, n_scored, gold_sum, n_judged = totals
+    metrics |= {"score": score / n_scored} if n_scored else {}
+    metrics |= {"gold": gold_sum / n_judged} if n_judged else {}
     penalised = scores - args.missing_eos_penalty * (1 - rollout.ended)
     return *rank_samples(rollout, penalised, ref_logprobs, args), metrics, gates
 
@@ -2138,16 +2160,22 @@ def check_start(before: dict, args: Any) -> list[tuple]:
     return [("logratio_step0", gap, limit, True)]
 
 
-def outcome_gates(before: dict, after: dict, n: int) -> list[tuple]:
-    """The gate accuracy_low; a warning where the chosen responses became much less likely."""
+def outcome_gates(before: dict, after: dict, n: int, args: Args) -> list[tuple]:
+    """The gate accuracy_low; a warning where the chosen responses became much less likely.
+
+    Without a reference the accuracy does not start at 1/2: there the gate is accuracy_gain.
+    """
     fall = before["chosen_logprob"] - after["chosen_logprob"]
-    if fall > 0.1 * abs(before["chosen_logprob"]):
+    if args.loss != "apo_down" and fall > 0.1 * abs(before["chosen_logprob"]):
         print(
             f"warning: the chosen responses lost {fall:.1f} nats of log-prob. A margin also grows when both fall, "
             "and the mass goes to text that nobody ranked; --nll_coef 1 (RPO), nca or a larger --beta hold it"
         )
     if after["accuracy"] != after["accuracy"]:  # labels of single responses
         return []
+    if not LOSSES[args.loss].reference:
+        gain = after["accuracy"] - before["accuracy"]
+        return [("accuracy_gain", gain, 0.0, gain > 0)]
     low = wilson_interval(after["accuracy"], n)[0]
     return [("accuracy_low", low, 0.5, low > 0.5)]
 
@@ -2170,6 +2198,7 @@ def settle_args(args: Args, world: int) -> None:
     kind = LOSSES[args.loss]
     args.beta = kind.beta if args.beta is None else args.beta
     args.nll_coef = kind.nll_coef if args.nll_coef is None else args.nll_coef
+    args.pairs = args.pairs or ("all" if args.loss in ("lipo", "plackett_luce") else "best_worst")
     for name in ("beta", "batch_size", "micro_batch_size", "sample_batch_size", "epochs", "temperature"):
         if getattr(args, name) <= 0:
             raise UserError(f"--{name} {getattr(args, name)}: must be above 0")
@@ -2183,12 +2212,15 @@ def settle_args(args: Args, world: int) -> None:
         raise UserError(f"--f_divergence has no part in --loss {args.loss}; it belongs to {', '.join(DIVERGENT)}")
     if args.sync_ref_every and not kind.reference:
         raise UserError(f"--sync_ref_every: --loss {args.loss} has no reference")
-    if (args.reward_model or args.reward_fn) and not args.online:
-        raise UserError("--reward_model and --reward_fn rank samples; they need --online")
-    if not args.online:
-        return
+    if not 0 <= args.f_alpha <= 1:
+        raise UserError(f"--f_alpha {args.f_alpha}: from 0 (reverse KL) to 1 (forward KL)")
     if args.reward_fn and args.reward_model:
         raise UserError("--reward_fn and --reward_model are both given; the samples have one ranking, choose one")
+    n_prompts = args.batch_size // (args.samples_per_prompt * world) if args.online else args.batch_size
+    if args.loss == "kto" and n_prompts < 2:
+        raise UserError(f"--batch_size {args.batch_size}: kto's KL estimate needs the responses of another prompt")
+    if not args.online:
+        return
     g = args.samples_per_prompt
     if g < 2 or args.batch_size % (g * world):
         raise UserError(
@@ -2221,10 +2253,15 @@ def load_policy(args: Args, device: Any) -> tuple[Any, Any, list[int], Path | No
         warn_failed_gates(adapter)
     if adapter or args.sync_ref_every:  # a bare base that stays the reference is the model with the adapters off
         add_adapter(model, "reference", adapter, args)
+    head = model.get_base_model().get_output_embeddings()
+    if args.loss.startswith("tdpo") and any("policy" in name for name, _ in head.named_parameters()):
+        raise UserError(
+            f"--loss {args.loss} computes both roles' logits with one lm_head; take it out of the LoRA layers"
+        )
     reward: Any = None
-    if args.online and args.reward_fn:
+    if args.reward_fn:
         reward = load_function(args.reward_fn)
-    elif args.online:
+    elif args.online or args.reward_model:  # offline it only judges: the closing table and a gate
         reward = load_reward_model(args.reward_model or str(TINY / "reward"), model, base, tokenizer, args, device)
     value_head = None
     if args.loss == "dro":  # V(x), the critic: an adapter that starts as the policy's, and a zero head
@@ -2274,7 +2311,10 @@ def load_data(
 def main(args: Args) -> None:
     """Direct preference optimisation, offline and online (dpo.py)."""
     began = time.time()
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=args.report_to)
+    patient = InitProcessGroupKwargs(timeout=timedelta(days=1))  # while the first process computes the reference
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(), log_with=args.report_to, kwargs_handlers=[patient]
+    )  # fmt: skip
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     torch.manual_seed(args.seed)
     settle_args(args, world)
@@ -2352,6 +2392,8 @@ def main(args: Args) -> None:
             mismatched = mismatched_groups(mine) if args.online else mismatched_groups(batch)[rank::world]
             baseline = mismatched_kl(model, mismatched, pad_id, args, accelerator)
         (n_prompts,) = global_sums(accelerator, len(mine))
+        metrics |= {"ranked": n_prompts / n_examples} if args.online else {}  # prompts whose samples gave a preference
+        metrics |= {"baseline": baseline} if args.loss in ("kto", "bco") else {}
         sums = preference_pass(model, value_head, mine, ref_logprobs, n_prompts, baseline, pad_id, args, grad=True)
         metrics |= preference_metrics(global_sums(accelerator, *sums), args)
         if args.loss == "bco" and n_prompts:  # the mean reward, as a moving average over batches
@@ -2374,7 +2416,7 @@ def main(args: Args) -> None:
                   "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else 0}  # fmt: skip
         log_step(folder, metrics, timing, accelerator)
         if accelerator.is_main_process and (args.online or step % 10 == 0 or step + 1 == total_steps):
-            shown = [f"{n} {metrics[n]:.3f}" for n in SHOWN if n in metrics]
+            shown = [f"{n} {metrics[n]:.3f}" for n in SHOWN if metrics.get(n, math.nan) == metrics.get(n)]
             print(f"step {step + 1:4d}/{total_steps} | {' | '.join(shown)} | {seconds:.1f} s", flush=True)
         if args.save_every and (step + 1) % args.save_every == 0 and accelerator.is_main_process:
             values = [p.detach().cpu() for p in itertools.chain(*parameters, reference)]
@@ -2388,7 +2430,7 @@ def main(args: Args) -> None:
     save_adapter(folder, model, "policy", base, tokenizer)
     if heldout:
         print(f"\n{heldout_table(before, after, len(heldout))}")
-        gates += outcome_gates(before, after, len(heldout))
+        gates += outcome_gates(before, after, len(heldout), args)
     if prompts:
         write_samples(folder, prompts, {"sft": answers_before, "dpo": answers_after})
         print(f"\n{closing_table(answers_before, answers_after, 'DPO', time.time() - began)}")

@@ -1191,12 +1191,12 @@ def test_divergence_score_is_the_derivative_of_f(name: str, alpha: float) -> Non
 
 
 def test_alpha_divergence_joins_the_two_kls() -> None:
-    """alpha -> 0 is reverse KL (and 0 itself, where the formula is 0 / 0), 1 forward KL up to the constant 1."""
+    """alpha -> 0 is reverse KL (and 0 itself, where the formula is 0 / 0), 1 forward KL."""
     h = torch.linspace(-3, 3, 13, dtype=torch.float64)
     reverse, forward = (dpo.divergence_score(h, name, 0.5) for name in ("reverse_kl", "forward_kl"))
     assert torch.allclose(dpo.divergence_score(h, "alpha", 1e-7), reverse, atol=1e-5)
     assert torch.equal(dpo.divergence_score(h, "alpha", 0.0), reverse)
-    assert torch.allclose(dpo.divergence_score(h, "alpha", 1.0), 1 + forward, atol=1e-12)
+    assert torch.allclose(dpo.divergence_score(h, "alpha", 1.0), forward, atol=1e-12)
     assert all((dpo.divergence_score(h, name, 0.5).diff() > 0).all() for name in ("forward_kl", "js", "alpha"))
 
 
@@ -1248,6 +1248,21 @@ def test_best_and_worst_sample() -> None:
     assert [e["key"] for e in examples] == ["key 0", "key 2"] and not any("wins" in e for e in examples)
     assert [dpo.better_pairs(e["ranks"]) for e in examples] == [[(0, 1)], [(0, 1)]]
     assert [[y.tolist() for y in of_prompt] for of_prompt in references] == [[[0, -1], [0, 0]], [[-2, -1], [-2, 0]]]
+
+
+def test_a_sample_without_a_score_is_no_preference() -> None:
+    """None from a reward function, NaN here, is neither best nor worst, and no opponent; one known score is no pair."""
+    scores = [[math.nan, 0.0, math.log(3)], [math.nan, math.nan, 1.0], [2.0, math.nan, 2.0]]
+    examples, _ = rank(scores, loss="sppo")
+    assert [e["group"] for e in examples] == [([0], [[0, 2], [0, 1]])]
+    assert examples[0]["wins"] == pytest.approx([0.75, 0.25])
+
+
+def test_far_from_the_reference_a_score_still_has_a_gradient() -> None:
+    """Forward KL goes on as a straight line below -20 nats: d/dh = e^20 there, e^-h above."""
+    h = torch.tensor([-300.0, -21.0, -20.0, -1.0], dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(dpo.divergence_score(h, "forward_kl", 0.5).sum(), h)
+    assert slope.tolist() == pytest.approx([math.exp(20), math.exp(20), math.exp(20), math.e])
 
 
 def test_all_pairs_of_samples() -> None:
