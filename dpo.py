@@ -2199,7 +2199,15 @@ def settle_args(args: Args, world: int) -> None:
     args.beta = kind.beta if args.beta is None else args.beta
     args.nll_coef = kind.nll_coef if args.nll_coef is None else args.nll_coef
     args.pairs = args.pairs or ("all" if args.loss in ("lipo", "plackett_luce") else "best_worst")
-    for name in ("beta", "batch_size", "micro_batch_size", "sample_batch_size", "epochs", "temperature"):
+    for name in (
+        "beta",
+        "batch_size",
+        "micro_batch_size",
+        "sample_batch_size",
+        "epochs",
+        "temperature",
+        "max_response_length",
+    ):
         if getattr(args, name) <= 0:
             raise UserError(f"--{name} {getattr(args, name)}: must be above 0")
     if args.lora_r == 0:

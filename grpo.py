@@ -259,6 +259,7 @@ def masked_whiten(x: Tensor, mask: Tensor, total: Callable[[Tensor], Tensor] = l
     tensor([[-1.,  1.,  0.]])
     """
     n, first = total(torch.stack([mask.sum().to(x.dtype), (x * mask).sum()]))
+    n = n.clamp(min=1)  # a batch may have no position at all
     variance = total(((x - first / n) ** 2 * mask).sum()) / n
     return (x - first / n) * torch.rsqrt(variance + 1e-8) * mask
 
@@ -1340,6 +1341,8 @@ def load_rewards(args: Any, model: Any, base: str, tokenizer: Any, device: Any) 
             factor = float(weight or 1)
         except ValueError as error:
             raise UserError(f"--rewards {text}: {weight} is no number; expected SOURCE or SOURCE=WEIGHT") from error
+        if not math.isfinite(factor):
+            raise UserError(f"--rewards {text}: the weight must be finite")
         if ".py:" in source:
             name, score = source.rpartition(":")[2], load_function(source)
         elif "reward" in model.peft_config and shares_base(source, base):
@@ -1813,7 +1816,15 @@ def settle_method(args: Args, world: int) -> None:
         raise UserError("--rewards lists all rewards; put --reward_fn and --reward_model there too")
     if args.reward_fn and args.reward_model:
         raise UserError("--reward_fn and --reward_model are both given; name both in --rewards, with weights")
-    for name in ("batch_size", "micro_batch_size", "sample_batch_size", "epochs", "temperature", "mu"):
+    for name in (
+        "batch_size",
+        "micro_batch_size",
+        "sample_batch_size",
+        "epochs",
+        "temperature",
+        "mu",
+        "max_response_length",
+    ):
         if getattr(args, name) <= 0:
             raise UserError(f"--{name} {getattr(args, name)}: must be above 0")
     if not 0 <= (args.overlong_buffer or 0) <= 1:

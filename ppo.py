@@ -204,6 +204,7 @@ def masked_whiten(x: Tensor, mask: Tensor, total: Callable[[Tensor], Tensor] = l
     tensor([[-1.,  1.,  0.]])
     """
     n, first = total(torch.stack([mask.sum().to(x.dtype), (x * mask).sum()]))
+    n = n.clamp(min=1)  # a batch may have no position at all
     variance = total(((x - first / n) ** 2 * mask).sum()) / n
     return (x - first / n) * torch.rsqrt(variance + 1e-8) * mask
 

@@ -77,6 +77,21 @@ def test_dpo_alone(sft_run: Path, tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "empty").iterdir() if p.name != "__pycache__") == ["dpo.py", "runs"]
 
 
+def test_grpo_alone(sft_run: Path, world: Path, reward_file: str, tmp_path: Path) -> None:
+    """grpo.py with a run folder, local prompts and a reward function; nothing is written beside its run folder."""
+    flags = [
+        "--model", str(sft_run), "--dataset", str(world / "prompts.jsonl"), "--rewards", f"{reward_file}=0.5",
+        "--method", "dapo", "--max_steps", "2", "--batch_size", "8", "--samples_per_prompt", "4",
+        "--max_response_length", "8", "--eval_size", "3",
+    ]  # fmt: skip
+    done = run_alone("grpo", tmp_path / "empty", *flags)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "empty" / "runs" / "grpo"
+    assert len(read_jsonl(folder / "metrics.jsonl")) == 2 and len(read_jsonl(folder / "samples.jsonl")) == 6
+    assert json.loads((folder / "report.json").read_text())["stage"] == "grpo"
+    assert sorted(p.name for p in (tmp_path / "empty").iterdir() if p.name != "__pycache__") == ["grpo.py", "runs"]
+
+
 def test_a_missing_embedded_world_is_one_line(tmp_path: Path) -> None:
     """Copied alone and without flags: the default paths are not there, and one clear line says so."""
     done = run_alone("sft", tmp_path / "empty")

@@ -1,4 +1,4 @@
-"""Does RLHF work in the embedded world? One bare run by default; more seeds, no KL penalty, DPO: slow."""
+"""Does RLHF work in the embedded world? One bare run by default; more seeds, no KL penalty, DPO, GRPO: slow."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import dpo
+import grpo
 import ppo
 
 
@@ -77,3 +79,32 @@ def test_bare_dpo_raises_gold(tmp_path: Path, seed: int, online: bool) -> None:
     report = json.loads((tmp_path / "dpo" / "report.json").read_text())
     gates = {"kl_step0", "sampler_agreement"} if online else {"logratio_step0", "accuracy_low"}
     assert report["passed"] and {gate["name"] for gate in report["gates"]} >= gates | {"gold_low"}
+
+
+def check_intervals_apart(folder: Path, key: str, gates: set[str]) -> None:
+    """The 95 % intervals of the mean of `key`, SFT and GRPO, from the samples, do not touch; all gates pass."""
+    before, after = (held_out(folder, model, key) for model in ("sft", "grpo"))
+    assert len(before) == len(after) >= 200
+    half = [1.96 * x.std(ddof=1) / np.sqrt(len(x)) for x in (before, after)]
+    assert after.mean() - half[1] > before.mean() + half[0]
+    report = json.loads((folder / "report.json").read_text())
+    assert report["passed"] and {gate["name"] for gate in report["gates"]} >= gates
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_bare_grpo_learns_the_facts(tmp_path: Path, seed: int) -> None:
+    """The score is tiny/facts.py's `right`: more held-out answers are right."""
+    grpo.main(grpo.Args(seed=seed, output_dir=str(tmp_path / "grpo")))
+    assert set(held_out(tmp_path / "grpo", "grpo", "score")) <= {0.0, 1.0}
+    check_intervals_apart(tmp_path / "grpo", "score", {"kl_step0", "ratio_step0", "sampler_agreement", "score_low"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_rloo_on_the_reward_model_raises_gold(tmp_path: Path, seed: int) -> None:
+    """As PPO does, with the same reward model and penalty."""
+    reward = str(ROOT / "tiny" / "reward")
+    output = str(tmp_path / "rloo")
+    grpo.main(grpo.Args(seed=seed, output_dir=output, method="rloo", reward_model=reward, missing_eos_penalty=1.0))
+    check_intervals_apart(tmp_path / "rloo", "gold", {"kl_step0", "sampler_agreement", "score_low", "gold_low"})

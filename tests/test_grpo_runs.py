@@ -1,0 +1,761 @@
+"""Whole runs of grpo.py in process: files, layouts, methods, 4 bits, rewards, refused flags, real data, resume."""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, adapter_weights, perturb, read_jsonl, same_weights, shared_or_skip, write_jsonl
+from conftest import write_reward_run as write_reward
+from test_runs import ADAPTER_FILES, RUN_FILES, Killed, assert_same_gradients, check_report, die_at
+from torch import Tensor
+
+import grpo
+
+Run = Callable[..., Path]
+ALL = pytest.mark.parametrize("method", grpo.METHODS)
+KEYS = {
+    "step", "score", "kl", "response_length", "eos_rate", "flat", "refilled", "policy_loss", "clip_fraction",
+    "approx_kl", "entropy", "grad_norm", "learning_rate", "tokens_saved",
+}  # fmt: skip
+WHOLE = ("remax",)  # the default tier's whole step: reference, k1, greedy responses
+GATES = {"kl_step0", "ratio_step0", "sampler_agreement", "eos_rate", "score_low"}
+FUNCTIONS = '''
+def share(prompts, responses, **columns):
+    return [r.count("e") / (1 + len(r)) for r in responses]
+
+
+def constant(prompts, responses, **columns):
+    return [0.1] * len(responses)
+
+
+def short(prompts, responses, **columns):
+    return [None if len(r) % 2 else 1 / (1 + len(r)) for r in responses]
+
+
+def rare(prompts, responses, **columns):
+    """0 for half of the prompts, whatever the response."""
+    return [float(sum(map(ord, p)) % 2 and len(r) % 2) for p, r in zip(prompts, responses)]
+
+
+def silent(prompts, responses, **columns):
+    """Knows nothing about the three held-out responses."""
+    return [None if len(responses) == 3 else float(len(r) % 2) for r in responses]
+'''
+
+
+def strict(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
+    """Rows of a .jsonl file, which must be strict JSON."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in (folder / name).read_text().splitlines()]
+
+
+def record(patch: pytest.MonkeyPatch, name: str) -> list[tuple[tuple, Any]]:
+    """(arguments, result) of each call of grpo.<name> from now on."""
+    original, seen = getattr(grpo, name), []
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        seen.append((args, result))
+        return result
+
+    patch.setattr(grpo, name, recorded)
+    return seen
+
+
+@pytest.fixture(scope="session")
+def functions(world: Path) -> str:
+    """The file with FUNCTIONS."""
+    file = world / "grpo_functions.py"
+    file.write_text(FUNCTIONS)
+    return str(file)
+
+
+@pytest.fixture
+def run(sft_run: Path, world: Path, functions: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """run(**flags) -> run folder: grpo.main on the small world, two steps of 4 x 4 responses unless told otherwise.
+
+    Reward functions may be given by the names of FUNCTIONS; curves.png is drawn with plot=True only.
+    """
+    drawn = grpo.plot_curves
+
+    def named(source: str) -> str:
+        name = source.partition("=")[0]
+        return f"{functions}:{source}" if f"def {name}(" in FUNCTIONS else source
+
+    def start(plot: bool = False, **flags: Any) -> Path:
+        monkeypatch.setattr(grpo, "plot_curves", drawn if plot else lambda *_: None)
+        settings: dict[str, Any] = {
+            "model": str(sft_run), "dataset": str(world / "prompts.jsonl"), "output_dir": str(tmp_path / "grpo"),
+            "reward_fn": "share", "eval_size": 3, "max_response_length": 10, "samples_per_prompt": 4,
+            "batch_size": 16, "micro_batch_size": 8, "max_steps": 2, "warmup_ratio": 0.0, "learning_rate": 0.01,
+        }  # fmt: skip
+        settings |= {"reward_fn": None} if flags.get("rewards") or flags.get("reward_model") else {}
+        settings |= flags
+        for name in ("reward_fn", "gold_fn"):
+            settings |= {name: named(settings[name])} if settings.get(name) else {}
+        if settings.get("rewards"):
+            settings["rewards"] = [named(source) for source in settings["rewards"]]
+        grpo.main(grpo.Args(**settings))
+        return Path(settings["output_dir"])
+
+    return start
+
+
+# ------------------------------------------------------------------------------------------------------ the folder
+def test_a_run_writes_what_it_says(run: Run, reward_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every file of the run folder, the metrics' keys, held-out responses of both models, the table, the gates."""
+    from transformers import AutoTokenizer
+
+    rewards = ["share=2", f"{reward_run}=0.5"]
+    folder = run(plot=True, eval_every=1, save_every=1, gold_fn="rare", rewards=rewards)
+    assert {p.name for p in folder.iterdir()} >= ADAPTER_FILES | RUN_FILES
+    assert not list(folder.rglob("*.tmp")) and (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    rows = strict(folder)
+    assert [row["step"] for row in rows] == [0, 1]
+    named = {f"{name}/{what}" for name in ("share", "reward") for what in ("mean", "sd", "flat")}
+    judged = {"gold", "heldout_score", "heldout_gold", "heldout_kl"}
+    assert all(row.keys() == KEYS | named | judged and all(map(math.isfinite, row.values())) for row in rows)
+    assert abs(rows[0]["kl"]) < 1e-4 < abs(rows[1]["kl"]) and all(row["entropy"] > 0 for row in rows)
+    timing = strict(folder, "timing.jsonl")
+    assert all({"step", "seconds", "rollout_seconds", "tokens_per_second", "peak_bytes"} <= t.keys() for t in timing)
+    samples, special = strict(folder, "samples.jsonl"), AutoTokenizer.from_pretrained(folder).all_special_tokens
+    keys = {"id", "prompt", "response", "model", "finish_reason", "tokens", "score", "gold"}
+    assert [row["model"] for row in samples] == ["sft"] * 3 + ["grpo"] * 3 and all(r.keys() == keys for r in samples)
+    assert [row["prompt"] for row in samples[:3]] == [row["prompt"] for row in samples[3:]]
+    assert {row["finish_reason"] for row in samples} <= {"stop", "length"}
+    assert all(row["finish_reason"] == "stop" or row["tokens"] == 10 for row in samples)
+    assert not any(token in row["response"] for row in samples for token in special)
+    assert np.mean([r["score"] for r in samples[3:]]) == pytest.approx(rows[1]["heldout_score"], abs=1e-4)
+    check_report(folder, "grpo", GATES | {"gold_low"})
+    assert json.loads((folder / "args.json").read_text())["clip_high"] == 0.2  # what the method has set
+    assert sorted(p.name for p in (folder / "checkpoint").iterdir()) == ["step_000001.pt", "step_000002.pt"]
+    printed = capsys.readouterr().out
+    labels = (
+        "reward share",
+        "reward reward",
+        "score (proxy)",
+        "gold win-rate over SFT",
+        "KL to reference",
+        "2 x share",
+    )
+    assert all(label in printed for label in labels) and printed.count("\nbefore ") == printed.count("\nafter ") == 3
+
+
+@pytest.mark.parametrize("flags", [{"eval_size": 1}, {"reward_fn": "silent"}], ids=["one prompt", "nothing known"])
+def test_files_are_strict_json(flags: dict[str, Any], run: Run) -> None:
+    """One held-out prompt has no interval, unknown rewards no mean: neither is written as NaN, nor as a gate."""
+    folder = run(max_steps=1, eval_every=1, **flags)
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON")
+
+    for file in folder.rglob("*.json*"):
+        for text in file.read_text().splitlines() if file.suffix == ".jsonl" else [file.read_text()]:
+            json.loads(text, parse_constant=refuse)
+    assert "score_low" not in (folder / "report.json").read_text()
+    assert all(("score" in row) == ("eval_size" in flags) for row in read_jsonl(folder / "samples.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "method", ["dapo", pytest.param("grpo", marks=pytest.mark.slow), pytest.param("remax", marks=pytest.mark.slow)]
+)
+def test_a_run_is_a_function_of_its_seed(method: str, run: Run, tmp_path: Path) -> None:
+    """Twice the same arguments: the same bytes; another seed: others."""
+    first, second, other = (
+        run(output_dir=str(tmp_path / n), seed=s, method=method, reward_fn="rare", mu=2)
+        for n, s in (("a", 3), ("b", 3), ("c", 4))
+    )
+    for name in ("metrics.jsonl", "samples.jsonl", "report.json", "adapter_model.safetensors"):
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+    assert not same_weights(first, other) and strict(first) != strict(other)
+
+
+@pytest.mark.slow
+def test_a_gold_function_does_not_train(run: Run, tmp_path: Path) -> None:
+    """--gold_fn adds figures and a gate; the weights are those of a run without."""
+    judged, plain = run(gold_fn="constant"), run(output_dir=str(tmp_path / "plain"))
+    assert same_weights(judged, plain) and strict(judged)[0]["gold"] == pytest.approx(0.1)
+    check_report(judged, "grpo", GATES | {"gold_low"})
+    check_report(plain, "grpo", GATES)
+
+
+def test_the_adapter_loads_in_plain_peft(run: Run, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers + PEFT on the run folder give the logits of the model that was trained, to 1e-5; not the base's."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    original, seen, ids = grpo.save_adapter, {}, torch.tensor([[5, 17, 99, 300, 4]])
+
+    def recorded(folder: Path, model: Any, name: str, *rest: Any) -> None:
+        original(folder, model, name, *rest)
+        with grpo.role(model, name):
+            seen["logits"] = model(ids).logits
+
+    monkeypatch.setattr(grpo, "save_adapter", recorded)
+    folder = run(sync_ref_every=1)
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        bare = plain(ids).logits
+        loaded = PeftModel.from_pretrained(plain, str(folder)).eval()(ids).logits
+    assert torch.allclose(loaded, seen["logits"], atol=1e-5) and (bare - loaded).abs().max() > 1e-2
+    assert all(array.dtype == np.float32 for array in adapter_weights(folder).values())
+
+
+# -------------------------------------------------------------------------------------- what must not change a thing
+@pytest.fixture
+def first_step(run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[list[list[Tensor]], dict]]:
+    """first_step(**flags) -> (gradients before the first update, the step's metrics), away from where it starts.
+
+    The policy has parted from the reference, and pi_old from the policy by noise: every ratio and KL term counts.
+    """
+
+    def start(**flags: Any) -> tuple[list[list[Tensor]], dict]:
+        found: list[list[Tensor]] = []
+        update, load, logprobs_of = grpo.update, grpo.load_group_roles, grpo.role_logprobs
+
+        def recorded(optimizer: Any, *rest: Any) -> float:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            found.append([p.grad.clone() for p in parameters if p.grad is not None])
+            return update(optimizer, *rest)
+
+        def parted(*args: Any) -> Any:
+            loaded = load(*args)
+            perturb(loaded[0], "policy", seed=11, size=0.1)
+            return loaded
+
+        def older(model: Any, who: str, rollout: Any, temperature: float) -> tuple[Tensor, Tensor]:
+            logprobs, entropy = logprobs_of(model, who, rollout, temperature)
+            noise = torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(5))
+            return logprobs + 0.1 * noise * rollout.mask * (who == "policy"), entropy
+
+        with monkeypatch.context() as patch:
+            patch.setattr(grpo, "update", recorded)
+            patch.setattr(grpo, "load_group_roles", parted)
+            patch.setattr(grpo, "role_logprobs", older)
+            patch.setattr(grpo, "preflight", lambda *_: [])
+            folder = run(**{"max_steps": 1, "entropy_coef": 0.01, "kl_coef": 0.5, **flags})
+        row = strict(folder)[0]
+        return found, {k: v for k, v in row.items() if not k.startswith("heldout") and k != "tokens_saved"}
+
+    return start
+
+
+def assert_same_step(ours: tuple[list[list[Tensor]], dict], theirs: tuple[list[list[Tensor]], dict]) -> None:
+    """Gradients to 1e-5 of the largest entry, metrics to 1e-4."""
+    assert_same_gradients(ours[0], theirs[0], 1)
+    assert ours[1] == pytest.approx(theirs[1], rel=1e-4, abs=2e-5)
+
+
+@ALL
+def test_rows_do_not_change_the_gradient(method: str, first_step: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap 23: one rollout of unequal lengths in micro-batches of 16, 3 and 1, shared and padded: one gradient."""
+    original, found = grpo.group_backward, []
+
+    def again(model: Any, rollout: Any, *rest: Any) -> Any:
+        groups = [(rollout.prompts[i]["ids"], rollout.responses[i : i + 4]) for i in range(0, 16, 4)]
+        config, parameters = model.get_base_model().config, grpo.adapter_parameters(model, "policy")
+        for shared, micro in ((True, 16), (False, 16), (True, 3), (False, 3), (False, 1)):
+            with monkeypatch.context() as patch:
+                patch.setattr(grpo, "share_prompts", lambda groups, config, shared=shared: shared)
+                batches = grpo.lay_out_rollout(groups, 1, micro, config, 0, torch.device("cpu"))
+            assert len(batches[0]) == math.ceil(16 / micro)
+            _, sums = original(model, rollout._replace(minibatches=batches), *rest)
+            found.append(([[p.grad.clone() for p in parameters if p.grad is not None]], dict(enumerate(sums))))
+            for p in parameters:
+                p.grad = None
+        return original(model, rollout, *rest)
+
+    monkeypatch.setattr(grpo, "group_backward", again)
+    whole = first_step(method=method)
+    assert whole[1]["approx_kl"] > 1e-3 and abs(whole[1]["kl"]) > 0.1
+    for gradients, sums in found:
+        assert_same_gradients(gradients, whole[0], 1)
+        assert sums == pytest.approx(found[0][1], rel=1e-4, abs=2e-5)
+
+
+@pytest.mark.parametrize("method", [m if m in WHOLE else pytest.param(m, marks=pytest.mark.slow) for m in grpo.METHODS])
+def test_micro_batches_do_not_change_the_step(method: str, first_step: Any) -> None:
+    """The whole step with its reference, penalties and greedy responses: one micro-batch of 16 against 3s and 1s."""
+    whole = first_step(method=method, micro_batch_size=16)
+    for micro in (3, 1):
+        assert_same_step(first_step(method=method, micro_batch_size=micro), whole)
+
+
+def test_layout_does_not_change_the_step(first_step: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shared rows and padded rows, after refilling and with truncated responses masked."""
+    found = []
+    for shared in (True, False):
+        monkeypatch.setattr(grpo, "share_prompts", lambda groups, config, shared=shared: shared)
+        found.append(first_step(method="dapo", reward_fn="rare", mask_truncated=True))
+    assert_same_step(*found)
+    assert found[0][1]["refilled"] > 0
+
+
+def test_tokens_saved_is_the_layouts(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Above 0 where prompts are shared, 0 where every response has its padded row."""
+    saved = []
+    for shared in (True, False):
+        monkeypatch.setattr(grpo, "share_prompts", lambda groups, config, shared=shared: shared)
+        saved.append([row["tokens_saved"] for row in strict(run(output_dir=str(tmp_path / str(shared)), max_steps=1))])
+    assert saved[0][0] > 0.1 and saved[1] == [0]
+
+
+def test_tokens_saved_by_hand() -> None:
+    """A prompt of 10, responses of 2, 3, 4, 5: one row of 24 against four rows of 15."""
+    group = [([7] * 10, [[1] * n for n in (2, 3, 4, 5)])]
+    for shared, expected in ((True, 1 - 24 / 60), (False, 0.0)):
+        rows = grpo.lay_out(group, shared, 0, torch.device("cpu"))
+        rollout: Any = SimpleNamespace(
+            batches=lambda rows=rows: [([0, 1, 2, 3], rows)], prompts=[{"ids": [7] * 10}] * 4, responses=group[0][1]
+        )
+        assert grpo.tokens_saved(rollout) == pytest.approx(expected)
+
+
+def test_gradient_checkpointing_does_not_change_the_step(first_step: Any) -> None:
+    """Activations that are computed again are the same."""
+    off, on = (first_step(gradient_checkpointing=checkpointing) for checkpointing in (False, True))
+    assert_same_step(on, off)
+
+
+# -------------------------------------------------------------------------------------------------- every method runs
+@ALL
+def test_every_method_runs_with_every_extra(method: str, run: Run, sft_run: Path) -> None:
+    """Two steps of two updates with truncated responses masked, an overlong buffer, an entropy bonus, a following
+    reference where there is one: metrics finite, weights moved."""
+    flags: dict[str, Any] = {"mask_truncated": True, "overlong_buffer": 0.5, "entropy_coef": 0.01, "reward_fn": "rare"}
+    flags |= {"sync_ref_every": int(grpo.METHODS[method].kl != "none")}
+    folder = run(method=method, mu=2, **flags)
+    rows = strict(folder)
+    assert len(rows) == 2 and all(math.isfinite(value) for row in rows for value in row.values())
+    assert all(0 < row["eos_rate"] < 1 and row["approx_kl"] > 0 for row in rows) and not same_weights(folder, sft_run)
+    assert (max(row["refilled"] for row in rows) > 0) == (method == "dapo")
+    if flags["sync_ref_every"]:
+        assert all(abs(row["kl"]) < 1e-4 for row in rows) and abs(rows[1]["heldout_kl"]) > 1e-4
+
+
+EQUAL = [pytest.param(m, marks=[pytest.mark.slow] if m in ("dr_grpo", "gspo", "cispo") else []) for m in grpo.METHODS]
+
+
+@pytest.mark.parametrize("method", EQUAL)
+def test_equal_rewards_move_nothing(method: str, run: Run, sft_run: Path) -> None:
+    """0.1 for every response, no KL penalty: the weights stay to the bit, all groups are flat, metrics are finite."""
+    folder = run(method=method, reward_fn="constant", kl="none", overlong_buffer=0.0, mu=2, max_steps=1)
+    assert same_weights(folder, sft_run)
+    for row in strict(folder):
+        assert all(map(math.isfinite, row.values())) and row["grad_norm"] == 0 and row["flat"] == 1
+        assert row["constant/flat"] == 1 and row["constant/sd"] == pytest.approx(0, abs=1e-6)
+
+
+NO_END = ["grpo", "rloo", "remax", "reinforce_pp"]
+
+
+@pytest.mark.parametrize("method", NO_END)
+def test_a_batch_of_truncated_responses_moves_nothing(
+    method: str, run: Run, sft_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--mask_truncated where no response ends: nothing to learn from, nothing is learned, nothing is NaN."""
+    original = grpo.roll_out
+
+    def endless(*args: Any, **kwargs: Any) -> Any:
+        rollout = original(*args, **kwargs)
+        return rollout._replace(ended=torch.zeros_like(rollout.ended))
+
+    monkeypatch.setattr(grpo, "roll_out", endless)
+    folder = run(method=method, mask_truncated=True, max_steps=1)
+    (row,) = strict(folder)
+    assert row["eos_rate"] == 0 and row["grad_norm"] == 0 and {"policy_loss", "approx_kl", "entropy"} <= row.keys()
+    assert same_weights(folder, sft_run)
+
+
+def test_a_following_reference_and_a_fixed_judge(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--sync_ref_every 2: rollouts start at KL 0 every second step; the held-out KL is that to the start."""
+    copies = record(monkeypatch, "copy_adapter")
+    rows = strict(run(sync_ref_every=2, max_steps=4, eval_every=1))
+    assert [abs(row["kl"]) < 1e-4 for row in rows] == [True, False, True, False]
+    assert [arguments[1:] for arguments, _ in copies] == [("policy", "reference")] * 2
+    assert all(abs(row["heldout_kl"]) > 1e-3 for row in rows)
+
+
+@pytest.mark.parametrize("sync", [pytest.param(0, marks=pytest.mark.slow), 2])
+def test_a_bare_base_is_its_own_reference(sync: int, run: Run, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--model without an adapter: a new one is trained, the reference is the base until it follows."""
+    loaded = record(monkeypatch, "load_group_roles")
+    rows = strict(run(model=str(base), lora_r=4, sync_ref_every=sync, max_steps=3))
+    ((_, (model, *_)),) = loaded
+    assert set(model.peft_config) == ({"policy", "reference"} if sync else {"policy"})
+    assert [abs(row["kl"]) < 1e-4 for row in rows] == [True, False, bool(sync)]
+
+
+# ------------------------------------------------------------------------------------------------- other precisions
+@pytest.mark.parametrize("flags", [{"quant": "nf4"}, {"dtype": "bfloat16"}], ids=["nf4", "bfloat16"])
+def test_less_precision_trains(flags: dict, run: Run, sft_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CPU: layers of the kind asked for, a green preflight, two steps of finite metrics, float32 adapters."""
+    import bitsandbytes
+
+    loaded = record(monkeypatch, "load_group_roles")
+    folder = run(**flags)
+    ((_, (model, *_)),) = loaded
+    layers = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+    assert len(layers) == (14 if "quant" in flags else 0)
+    assert model.get_base_model().get_input_embeddings().weight.dtype == torch.bfloat16
+    gates = {g["name"]: g for g in json.loads((folder / "report.json").read_text())["gates"]}
+    assert all(gates[name]["passed"] for name in ("kl_step0", "ratio_step0", "sampler_agreement"))
+    rows = strict(folder)
+    assert len(rows) == 2 and all(math.isfinite(value) for row in rows for value in row.values())
+    assert not same_weights(folder, sft_run)
+    assert all(array.dtype == np.float32 for array in adapter_weights(folder).values())
+
+
+# --------------------------------------------------------------------------------------------------------- rewards
+def test_table_and_total_by_hand(run: Run, reward_run: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three weighted rewards: a function, plain PEFT's reward model, and one that leaves rows out."""
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    tables, advantages = record(monkeypatch, "reward_table"), record(monkeypatch, "response_advantages")
+    row = strict(run(rewards=["share=2", f"{reward_run}=0.5", "short=-3"], max_steps=1, kl="none"))[0]
+    plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    plain = PeftModel.from_pretrained(plain, str(reward_run)).eval()
+    (rollout, *_), table = next(call for call in tables if len(call[0][0].texts) == 16)
+    totals = []
+    for i, (prompt, ids, text) in enumerate(zip(rollout.prompts, rollout.responses, rollout.texts, strict=True)):
+        with torch.no_grad():
+            score = plain(torch.tensor([[*prompt["ids"], *ids]])).logits.item() - 0.25
+        expected = [text.count("e") / (1 + len(text)), score, math.nan if len(text) % 2 else 1 / (1 + len(text))]
+        assert table[i].tolist() == pytest.approx(expected, abs=1e-4, nan_ok=True)
+        totals.append(2 * expected[0] + 0.5 * expected[1] + (0.0 if len(text) % 2 else -3 * expected[2]))
+    assert any(table[:, 2].isnan()) and not all(table[:, 2].isnan())
+    ((returns, *_), result) = advantages[0]
+    assert returns[:, 0].tolist() == pytest.approx(totals, abs=1e-3)
+    groups = np.array(totals).reshape(4, 4)
+    by_hand = (groups - groups.mean(1, keepdims=True)) / (groups.std(1, ddof=1, keepdims=True) + 1e-4)
+    assert result[:, 0].tolist() == pytest.approx(by_hand.flatten().tolist(), abs=1e-2)
+    assert row["score"] == pytest.approx(np.mean(totals), abs=1e-4)
+    for name, column in zip(("share", "reward", "short"), table.numpy().T, strict=True):
+        assert row[f"{name}/mean"] == pytest.approx(np.nanmean(column), abs=1e-5)
+        assert row[f"{name}/sd"] == pytest.approx(np.nanstd(column), abs=1e-4)
+        flat = [np.ptp(group[~np.isnan(group)]) < 1e-6 if (~np.isnan(group)).any() else True
+                for group in column.reshape(4, 4)]  # fmt: skip
+        assert row[f"{name}/flat"] == np.mean(flat)
+
+
+def test_unknown_rewards_leave_the_response_out(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The only reward is None: advantage 0, no part in the group's mean; the others' is as if it had not been there."""
+    seen = record(monkeypatch, "response_advantages")
+    run(reward_fn="short", advantage="group_mean", kl="none", max_steps=1)
+    ((returns, *_), advantages) = seen[0]
+    unknown = returns[:, 0].isnan().numpy()
+    assert unknown.any() and not unknown.all() and (advantages[torch.tensor(unknown)] == 0).all()
+    for rewards, missing, found in zip(*(np.array(x).reshape(4, 4) for x in
+                                         (returns[:, 0], unknown, advantages[:, 0])), strict=True):  # fmt: skip
+        expected = [0.0 if m else r - rewards[~missing].mean() for r, m in zip(rewards, missing, strict=True)]
+        assert found.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_penalties_by_hand(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """missing_eos_penalty 2 and an overlong buffer of half of 10 tokens: from 5 tokens on, 0.2 for each more."""
+    seen = record(monkeypatch, "penalised_rewards")
+    run(reward_fn="constant", missing_eos_penalty=2.0, overlong_buffer=0.5, batch_size=48, max_steps=1)
+    ((_, rollout, *_), totals) = seen[0]
+    lengths = [len(y) for y in rollout.responses]
+    missing = [float(length == 10 and not e) for length, e in zip(lengths, rollout.ended.tolist(), strict=True)]
+    expected = [0.1 - 2 * m - max(0, n - 5) / 5 for m, n in zip(missing, lengths, strict=True)]
+    assert totals.tolist() == pytest.approx(expected, abs=1e-5)
+    assert len(set(lengths)) > 2 and 0 < sum(missing) < len(missing)
+
+
+def test_rewards_of_one_name_stay_apart(run: Run, functions: str, tmp_path: Path) -> None:
+    """Two functions of the same name in two files: the second one is logged by its source."""
+    (tmp_path / "other.py").write_text("def share(prompts, responses, **c):\n    return [3.0] * len(responses)")
+    second = f"{tmp_path / 'other.py'}:share"
+    row = strict(run(rewards=["share", f"{second}=0.5"], max_steps=1))[0]
+    assert row[f"{second}/mean"] == 3 and row["score"] == pytest.approx(row["share/mean"] + 1.5, abs=1e-6)
+
+
+def refused(run: Run, *patterns: str, **flags: Any) -> None:
+    """run(**flags) ends in a UserError of one line that holds every pattern."""
+    with pytest.raises(grpo.UserError) as caught:
+        run(**flags)
+    text = str(caught.value)
+    assert "\n" not in text and all(pattern in text for pattern in patterns), text
+
+
+@pytest.mark.parametrize(
+    ("body", "patterns"),
+    [
+        ("raise KeyError('answer')", ["raised KeyError: 'answer'"]),
+        ("return [1.0, 2.0]", ["returned 2 values for 16 responses"]),
+        pytest.param(
+            "return [float('inf')] * len(responses)",
+            ["returned inf for prompt '", ", response '"],
+            marks=pytest.mark.slow,
+        ),
+        ("return [0.0] * 15 + [float('nan')]", ["returned nan for prompt '", ", response '"]),
+        ("return [0.0, 'good'] + [0.0] * 14", ["returned 'good' for prompt '", ", response '"]),
+        pytest.param("return 3", ["raised TypeError"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_bad_function_among_others_is_one_line(body: str, patterns: list[str], run: Run, tmp_path: Path) -> None:
+    """As one of two rewards: its name, and the row where there is one."""
+    head = "if len(responses) < 16: return [0.0] * len(responses)"  # the held-out prompts
+    (tmp_path / "bad.py").write_text(f"def bad(prompts, responses, **c):\n    {head}\n    {body}\n")
+    refused(run, f"{tmp_path / 'bad.py'}:bad ", *patterns, rewards=["share", f"{tmp_path / 'bad.py'}:bad=0.5"])
+
+
+def test_two_reward_adapters_on_one_base_are_refused(run: Run, reward_run: Path, base: Path, tmp_path: Path) -> None:
+    """One base has one adapter named reward; the line names the second."""
+    second = write_reward(tmp_path / "second", base, seed=8)
+    refused(run, f"--rewards {second}", "second reward adapter", rewards=[str(reward_run), f"{second}=2"])
+    assert not (tmp_path / "grpo").exists()
+
+
+FLAG_ERRORS: list[tuple[dict[str, Any], list[str]]] = [
+    ({"rewards": ["share=much"]}, ["share=much", "much is no number", "SOURCE=WEIGHT"]),
+    ({"rewards": ["absent.py:f"]}, ["absent.py:f", "no such file"]),
+    ({"rewards": ["share", "nowhere"]}, ["nowhere"]),
+    ({"reward_fn": None}, ["what is a good response?", "--reward_fn, --reward_model or --rewards"]),
+    ({"batch_size": 18}, ["--batch_size 18", "--samples_per_prompt 4"]),
+    ({"samples_per_prompt": 0}, ["--samples_per_prompt 0"]),
+    *[({"method": m, "samples_per_prompt": 1}, ["--samples_per_prompt 1", "at least 2"])
+      for m in ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo")],
+    *[({"method": m, "sync_ref_every": 2}, ["--sync_ref_every", f"--method {m}", "k1, k2 or k3"])
+      for m in ("dr_grpo", "gspo", "cispo", "reinforce")],
+    ({"kl": "none", "sync_ref_every": 1}, ["--sync_ref_every"]),
+    ({"lora_r": 0}, ["--lora_r 0"]),
+    ({"temperature": 0.0}, ["--temperature 0.0", "above 0"]),
+    ({"micro_batch_size": 0}, ["--micro_batch_size 0"]),
+    ({"sample_batch_size": -1}, ["--sample_batch_size -1"]),
+    ({"epochs": 0.0}, ["--epochs 0.0"]),
+    ({"overlong_buffer": 2.0}, ["--overlong_buffer 2.0", "from 0 to 1"]),
+    ({"overlong_buffer": -0.1}, ["--overlong_buffer -0.1"]),
+    ({"eval_size": 0}, ["--eval_size 0", "held-out prompts"]),
+    ({"dataset": "absent.jsonl"}, ["absent.jsonl", "no such"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("flags", "patterns"), FLAG_ERRORS, ids=lambda x: "" if isinstance(x, list) else str(x))
+def test_impossible_flags_are_one_line(flags: dict, patterns: list[str], run: Run, tmp_path: Path) -> None:
+    """Before there is a run folder: the flag, what is wrong, what to do."""
+    refused(run, *patterns, **flags)
+    assert not (tmp_path / "grpo").exists()
+
+
+@pytest.mark.parametrize("weight", ["nan", "inf"])
+def test_a_weight_must_be_finite(weight: str, run: Run) -> None:
+    """A weight that is no number of use is refused like one that is no number."""
+    refused(run, f"share={weight}", rewards=[f"share={weight}"])
+
+
+def test_a_response_has_room(run: Run) -> None:
+    """--max_response_length 0 is one line."""
+    refused(run, "--max_response_length 0", max_response_length=0)
+
+
+# ------------------------------------------------------------------------------------------------- shipped rewards
+def shipped(spec: str) -> Callable:
+    """A shipped reward function, loaded as --reward_fn does."""
+    return grpo.load_function(f"{ROOT}/rewards/{spec}")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("it is -$5", "-5"), ("$-5", "-5"), ("+7", "7"), ("1 / 2", "1/2"), ("1.5/2", "3/4"), ("007", "7"),
+        (r"\boxed{\dfrac{-3}{4}}", "-3/4"), (r"\boxed{1{,}234}", "1234"), (r"\boxed{1\!000}", "1000"),
+        (r"\boxed{\$5}", "5"), ("#### 5\n#### 6", "6"), (r"\boxed{5} #### 6", "6"), (r"\boxed{\boxed{3}}", "3"),
+        (r"\boxed{a{b}c} 4", "None"), ("#### about 12 of 20", "12"), ("about 12 of 20", "20"), ("1,23", "23"),
+        ("It is 2.", "2"), ("(4)-1", "1"), ("4 - 1", "1"), ("####\n8", "8"), ("1,234,567.25", "4938269/4"),
+        ("[-2]", "-2"), ("0/5", "0"), ("-0.0", "0"),
+        pytest.param(r"\boxed{\frac12}", "1/2", marks=pytest.mark.xfail(reason=r"\frac12 is read as 12", strict=True)),
+        pytest.param("#### 3 1/2", "7/2", marks=pytest.mark.xfail(reason="mixed numbers: the 3 alone", strict=True)),
+    ],
+)  # fmt: skip
+def test_more_numbers(text: str, value: str) -> None:
+    """What a response answers with: signs, marks over marks, LaTeX's separators."""
+    assert str(shipped("math.py:number")(text)) == value
+
+
+def test_numeric_compares_exactly() -> None:
+    """One half in five forms; 0.333 is not a third; unknown answers leave the row out."""
+    numeric = shipped("math.py:numeric")
+    halves = ["0.5", "1/2", r"\boxed{\frac{2}{4}}", "#### .50", "-0.5", "no idea"]
+    assert numeric([""] * 6, halves, answer=["#### 1/2"] * 6, id=list(range(6))) == [1, 1, 1, 1, 0, 0]
+    assert numeric([""] * 4, ["0.333", "1/3", "3", ""], answer=["1/3", "1/3", None, 7]) == [0, 1, None, 0]
+    assert numeric([], [], answer=[]) == []
+
+
+def test_exact_answers() -> None:
+    """Case, spaces and one full stop at the end do not matter; the mark does, on both sides."""
+    exact = shipped("math.py:exact")
+    rows = [
+        ("Paris", "paris", 1), (" PARIS.\n", "Paris", 1), ("It is Paris", "Paris", 0), ("", "Paris", 0), ("12", 12, 1),
+        ("####Paris", "x #### paris.", 1), (r"so \boxed{x + 1}", "X +  1", 1), (r"\boxed{}", "", 1),
+        ("Straße", "STRASSE", 1),
+    ]  # fmt: skip
+    assert exact([""] * 9, [r[0] for r in rows], answer=[r[1] for r in rows]) == [r[2] for r in rows]
+
+
+def test_forms() -> None:
+    """The whole response must match; a dot is also a new line; tags once each, in order, nothing around them."""
+    matches, tagged = shipped("text.py:matches"), shipped("text.py:tagged")
+    rows = [("42", "4", 0), ("4\n2", "4.2", 1), ("42\n", "42", 0), ("", "", 1), ("a|b", "a", 0), ("b", "a|b", 1)]
+    assert matches([""] * 6, [r[0] for r in rows], pattern=[r[1] for r in rows]) == [r[2] for r in rows]
+    forms = {
+        "<think></think><answer></answer>": 1, " \n<think>a\nb</think>\n\n<answer>c\n</answer>\n": 1,
+        "Well: <think>a</think><answer>b</answer>": 0, "<think>a</think><answer>b</answer>.": 0,
+        "<answer>b</answer><think>a</think>": 0, "<think>a</think>b<answer>c</answer>": 0, "": 0,
+        "<think>a<think>b</think><answer>c</answer>": 0, "<think>a</think></think><answer>c</answer>": 0,
+        "<think>a</think><answer>b</answer><answer>c</answer>": 0, "<think>a</think><answer>b": 0,
+        "<THINK>a</THINK><ANSWER>b</ANSWER>": 0,
+    }  # fmt: skip
+    assert tagged([""] * len(forms), list(forms)) == list(forms.values())
+
+
+def test_lengths_and_repetition() -> None:
+    """-|n - target| / target; -n / 100; the share of repeated runs of three words."""
+    length, brevity, repetition = (shipped(f"text.py:{name}") for name in ("length", "brevity", "repetition"))
+    texts = ["a b c d", "", "a\nb\tc  d", "a"]
+    assert length([""] * 4, texts, words=[2, 5, 4, 0]) == [-1, -1, 0, None]
+    assert brevity([""] * 4, texts) == [-0.04, 0, -0.04, -0.01]
+    rows = {"a a a a": -1 / 2, "A b a B a b": -1 / 2, "a b c": 0, "a b": 0, "": 0, "a b c d a b c d": -2 / 6}
+    assert repetition([""] * 6, list(rows)) == pytest.approx(list(rows.values()))
+
+
+# -------------------------------------------------------------------------------------------------------- real data
+def test_gsm8k_trains_for_a_few_steps(run: Run, tmp_path: Path) -> None:
+    """Real questions, the public tiny model, two rewards: none is right, form is rewarded, nothing is NaN."""
+    model = shared_or_skip("models", "stories260k")
+    rows = read_jsonl(shared_or_skip("data", "gsm8k", "gsm8k_test_first200.jsonl"))
+    rows = sorted(rows, key=lambda row: len(row["question"]))[:20]
+    rows = [{"prompt": row["question"], "answer": row["answer"], "id": row["row"]} for row in rows]
+    flags = {"dataset": str(write_jsonl(tmp_path / "gsm8k.jsonl", rows)), "chat_template": "plain", "lora_r": 4}
+    rewards = [f"{ROOT}/rewards/math.py:numeric", f"{ROOT}/rewards/text.py:brevity=0.1"]
+    folder = run(model=str(model), rewards=rewards, max_response_length=16, max_steps=3, **flags)
+    table = strict(folder)
+    assert len(table) == 3 and all(math.isfinite(value) for row in table for value in row.values())
+    for row in table:
+        assert 0 <= row["numeric/mean"] < 0.5 and row["brevity/mean"] < 0 and row["grad_norm"] > 0
+        assert row["score"] == pytest.approx(row["numeric/mean"] + 0.1 * row["brevity/mean"], abs=1e-6)
+    assert {row["id"] for row in read_jsonl(folder / "samples.jsonl")} <= {row["id"] for row in rows}
+
+
+def repeated(texts: list[str], n: int) -> float:
+    """Mean share of runs of n words that a text has said before."""
+    function = shipped("text.py:repetition")
+    function.__globals__["N"] = n
+    return -float(np.mean(function([""] * len(texts), texts)))
+
+
+@pytest.mark.slow
+def test_sentiment_rises_without_repetition(run: Run, tmp_path: Path) -> None:
+    """40 steps on story openings: VADER's value on held-out continuations up, intervals apart; repeated bigrams and
+    trigrams within 1.5 times the start."""
+    pytest.importorskip("vaderSentiment", reason="rewards/sentiment.py needs vaderSentiment")
+    model, openings = shared_or_skip("models", "stories260k"), []
+    for story in json.loads(shared_or_skip("corpora", "tinystories_1000_clean.json").read_text(encoding="utf-8")):
+        opening = " ".join(re.split(r"(?<=[.!?])\s+", story.strip())[:2])
+        openings += [{"prompt": opening}] if 30 <= len(opening) <= 200 else []
+    reward, file = f"{ROOT}/rewards/sentiment.py:positive", str(write_jsonl(tmp_path / "openings.jsonl", openings))
+    folder = run(
+        model=str(model), chat_template="text", lora_r=None, dataset=file, eval_size=200, reward_fn=reward,
+        max_response_length=64, samples_per_prompt=8, batch_size=64, micro_batch_size=16, max_steps=40,
+        learning_rate=3e-4, kl_coef=0.1, warmup_ratio=0.05,
+    )  # fmt: skip
+    rows = read_jsonl(folder / "samples.jsonl")
+    before, after = ([row for row in rows if row["model"] == name] for name in ("sft", "grpo"))
+    values = [np.array([row["score"] for row in part if "score" in row]) for part in (before, after)]
+    low, high = (1.96 * x.std(ddof=1) / np.sqrt(len(x)) for x in values)
+    texts = [[row["response"] for row in part] for part in (before, after)]
+    shares = {n: [repeated(part, n) for part in texts] for n in (2, 3)}
+    print(f"sentiment {[(x.mean(), h) for x, h in zip(values, (low, high), strict=True)]}, repeated {shares}")
+    assert len(values[0]) >= 190 and values[1].mean() - high > values[0].mean() + low
+    assert all(share[1] <= 1.5 * share[0] for share in shares.values()), shares
+
+
+# --------------------------------------------------------------------------------------------------- interruptions
+RESUMED: dict[str, dict[str, Any]] = {
+    "grpo": {"mu": 2, "eval_every": 2},
+    "dapo": {"method": "dapo", "reward_fn": "rare", "mask_truncated": True},
+    "sync": {"method": "rloo", "sync_ref_every": 2, "model": "base", "lora_r": 4},
+    "remax": {"method": "remax", "sync_ref_every": 1},
+}
+DEATHS = [
+    ("grpo", "update", 4, False),  # between the two updates of the second step
+    ("grpo", "save_checkpoint", 2, False),  # metrics.jsonl is one step ahead of the checkpoint
+    ("grpo", "save_adapter", 1, False),  # all steps are done, the result is not written
+    ("dapo", "log_step", 3, False),  # the third step has been computed, nothing of it is written
+    ("dapo", "replace_groups", 2, False),  # in the middle of a refill
+    ("sync", "log_step", 2, False),  # the reference has moved since the checkpoint
+    ("sync", "collect", 3, False),  # the reference has moved, and its checkpoint is there
+    ("remax", "write_file", 4, True),  # args.json and two checkpoints are written; half of the third
+]
+LATER = {
+    ("grpo", "save_adapter"),
+    ("dapo", "replace_groups"),
+    ("sync", "log_step"),
+    ("remax", "write_file"),
+    ("grpo", "save_checkpoint"),
+}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted() -> dict[str, Path]:
+    """Folders of runs that were left in peace, by name, made by the first test that asks."""
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("name", "where", "call", "half"),
+    [pytest.param(*d, marks=pytest.mark.slow if d[:2] in LATER else []) for d in DEATHS],
+    ids=[f"{name} {where}" for name, where, *_ in DEATHS],
+)
+def test_a_run_resumes_bit_for_bit(
+    name: str, where: str, call: int, half: bool, run: Run, base: Path, uninterrupted: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory,
+) -> None:  # fmt: skip
+    """Killed anywhere, --resume ends as the uninterrupted run: policy, reference, optimiser, refills, samples."""
+    flags = {"max_steps": 3, "save_every": 1, "weight_decay": 0.1, **RESUMED[name]}
+    flags |= {"model": str(base)} if "model" in flags else {}
+    if name not in uninterrupted:
+        uninterrupted[name] = run(output_dir=str(tmp_path_factory.mktemp("grpo") / "done"), **flags)
+    done = uninterrupted[name]
+    with monkeypatch.context() as patch:
+        die_at(patch, grpo, where, call, half)
+        with pytest.raises(Killed):
+            run(**flags)
+    resumed = run(resume=True, **flags)
+    for file in ("metrics.jsonl", "adapter_model.safetensors", "samples.jsonl", "report.json"):
+        assert (resumed / file).read_bytes() == (done / file).read_bytes(), file
+    assert len(read_jsonl(resumed / "timing.jsonl")) == 3
+    if name == "dapo":
+        assert sum(row["refilled"] for row in strict(done)) > 0
+
+
+def test_resume_refuses_other_settings(run: Run) -> None:
+    """A flag that a method sets counts, too."""
+    run(max_steps=1, save_every=1)
+    refused(run, "--clip_high 0.3 (was 0.2)", max_steps=1, save_every=1, resume=True, clip_high=0.3)
+    refused(run, "--method dapo (was grpo)", max_steps=1, save_every=1, resume=True, method="dapo")
+
+
+def test_a_checkpoint_holds_what_must_survive(run: Run) -> None:
+    """Loads with weights_only; the policy, the reference that was moved, the optimiser's state, the gates."""
+    folder = run(save_every=1, max_steps=3, sync_ref_every=3)
+    names = sorted(p.name for p in (folder / "checkpoint").iterdir())
+    assert names == ["step_000002.pt", "step_000003.pt"]
+    early, late = (torch.load(folder / "checkpoint" / name, weights_only=True) for name in names)
+    n = len(late["parameters"]) // 2
+    for state, equal in ((early, False), (late, True)):
+        pairs = zip(state["parameters"][:n], state["parameters"][n:], strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs) == equal
+    assert late["step"] == 3 and late["gates"][0][0] == "kl_step0" and late["optimizer"]["state"]
