@@ -1259,23 +1259,24 @@ def response_states(model: Any, rows: Rows) -> Tensor:
     return hidden_states(model, rows).flatten(0, 1).index_select(0, rows.state[rows.mask.bool()])
 
 
-def logprobs_and_kl(model: Any, rows: Rows, ref_states: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probs (S, T) under the active role, and the sum over each response's tokens of KL(pi_ref, pi), (S,).
+def logprobs_and_kl(model: Any, rows: Rows, ref_states: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probs (S, T) under the active role and the reference; KL(pi_ref, pi) summed over a response's tokens, (S,).
 
     ref_states (N, d) are the reference's `response_states`; logits are computed in chunks, as in chunked_logprobs.
     """
     real, states, causal_lm = rows.mask.bool(), response_states(model, rows), model.get_base_model()
 
-    def one_chunk(h: Tensor, ref_h: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def one_chunk(h: Tensor, ref_h: Tensor, target: Tensor) -> tuple[Tensor, ...]:
         logp, ref_logp = ((lm_logits(model, x).float() / temperature).log_softmax(-1) for x in (h, ref_h))
-        return logp.gather(-1, target[:, None]).squeeze(-1), (ref_logp.exp() * (ref_logp - logp)).sum(-1)
+        of_target = [x.gather(-1, target[:, None]).squeeze(-1) for x in (logp, ref_logp)]
+        return *of_target, (ref_logp.exp() * (ref_logp - logp)).sum(-1)
 
     size = max(1, 2**24 // causal_lm.config.vocab_size)  # twice 64 MiB of fp32 logits
     chunks = list(zip(states.split(size), ref_states.split(size), rows.targets[real].split(size), strict=True))
     parts = [checkpoint(one_chunk, *chunk, use_reentrant=False) for chunk in chunks]
     joined = (torch.cat(values) for values in zip(*parts, strict=True))
-    logprobs, kl = (torch.zeros(real.shape, device=v.device).masked_scatter(real, v) for v in joined)
-    return logprobs, kl.sum(1)
+    logprobs, ref_logprobs, kl = (torch.zeros(real.shape, device=v.device).masked_scatter(real, v) for v in joined)
+    return logprobs, ref_logprobs, kl.sum(1)
 
 
 def load_head(folder: Path, hidden_size: int, device: Any) -> nn.Linear:
@@ -1537,14 +1538,12 @@ def role_logprobs(model: Any, who: str, rollout: Rollout, temperature: float) ->
 def score_responses(rollout: Rollout, reward: RewardModel | Callable, args: Any) -> Tensor:
     """Scores (B,), before the penalty for a missing end: by the reward model, or by --reward_fn on the texts.
 
-    A response for which --reward_fn returns None gets the mean of the others.
+    NaN where --reward_fn returned None; what that means is the method's to say.
     """
     device = rollout.mask.device
     if not isinstance(reward, RewardModel):
         values = call_function(reward, str(args.reward_fn), rollout.prompts, rollout.texts)
-        if np.isnan(values).all():
-            raise UserError(f"{args.reward_fn} returned None for every response")
-        return torch.tensor(np.where(np.isnan(values), np.nanmean(values), values), dtype=torch.float32, device=device)
+        return torch.tensor(values, dtype=torch.float32, device=device)
     batches = rollout.batches()
     if reward.tokenizer is not None:  # another vocabulary or template: from the text, one padded row per response
         stops = find_stop_ids(reward.tokenizer, getattr(reward.model, "generation_config", None))
@@ -1781,7 +1780,8 @@ def cached_logprobs(
     groups = [e["group"] for e in examples]
     weights = (adapter / "adapter_model.safetensors").read_bytes() if adapter else b""
     config = model.peft_config["reference"].to_dict() if adapter else None
-    settings = [base_identity(base), args.revision, config, args.quant, args.dtype, str(model.device), args.temperature]
+    device = model.device.type  # not its number: every process must find the same file
+    settings = [base_identity(base), args.revision, config, args.quant, args.dtype, device, args.temperature]
     digest = hashlib.sha256(json.dumps(settings, default=lambda v: sorted(map(str, v))).encode() + weights)
     for group in groups:
         digest.update(json.dumps(group).encode())
@@ -1916,32 +1916,54 @@ def preference_loss(
     return loss - args.nll_coef * (roles_in_pairs(batch, args)[0] * logprob / lengths).sum()
 
 
+SUMS = (  # what preference_metrics needs, in preference_sums' order
+    "loss", "won", "pairs", "kl", "prompts", "shared",
+    "chosen", "chosen_reward", "chosen_logprob", "chosen_length",
+    "rejected", "rejected_reward", "rejected_logprob", "rejected_length",
+)  # fmt: skip
+
+
 def preference_sums(loss: Tensor, logprobs: Tensor, batch: Preferences, args: Any) -> Tensor:
-    """What preference_metrics needs, summed over the prompts of a micro-batch."""
+    """The SUMS over the prompts of a micro-batch; `chosen` and `rejected` are the weights that the next three have."""
     chosen, rejected = roles_in_pairs(batch, args)
     rewards, lengths = implicit_rewards(logprobs, batch, args), batch.rows.mask.sum(1).float()
     d = (rewards[batch.better] - rewards[batch.worse]).round(decimals=5)  # what differs by rounding alone is tied
     won = (batch.weight * torch.heaviside(d, torch.full_like(d, 0.5))).sum()
     kl = (old_new_kl(logprobs, batch.ref_logprobs) * batch.rows.mask).sum(1)
     sums = [u @ x for u in (chosen, rejected) for x in (torch.ones_like(rewards), rewards, logprobs.sum(1), lengths)]
-    return torch.stack([loss, won, batch.weight.sum(), batch.share @ kl, batch.share.sum(), *sums])
+    prompts = batch.share.sum()
+    return torch.stack([loss, won, batch.weight.sum(), batch.share @ kl, prompts, prompts * batch.shared, *sums])
 
 
-def preference_metrics(sums: list[float], args: Any) -> dict[str, float]:
+def preference_metrics(sums: Sequence[float], args: Any) -> dict[str, float]:
     """Means over prompts: loss, implicit rewards, margin, accuracy (a tie counts half), log-probs, lengths in tokens.
 
-    ref_kl: KL(pi_ref, pi) in nats per response, if the responses were the reference's (`old_new_kl`).
+    shared_rows: share of prompts whose responses were one row. ref_kl: KL(pi_ref, pi) in nats per response, if the
+    responses were the reference's (`old_new_kl`).
     """
-    loss, won, pairs, kl, n, *rest = sums
-    metrics = {"loss": loss / n if n else math.nan}
-    for name, (count, *totals) in (("chosen", rest[:4]), ("rejected", rest[4:])):
-        for key, total in zip(("reward", "logprob", "length"), totals, strict=True):
-            metrics[f"{name}_{key}"] = total / count if count else math.nan
+    total = dict(zip(SUMS, sums, strict=True))
+
+    def mean(name: str, of: str) -> float:
+        return total[name] / total[of] if total[of] else math.nan
+
+    metrics = {"loss": mean("loss", "prompts")}
+    for role_name in ("chosen", "rejected"):
+        for key in ("reward", "logprob", "length"):
+            metrics[f"{role_name}_{key}"] = mean(f"{role_name}_{key}", role_name)
     metrics["margin"] = metrics["chosen_reward"] - metrics["rejected_reward"]
-    metrics["accuracy"] = won / pairs if pairs else math.nan
-    if LOSSES[args.loss].reference and n and not args.online:  # samples of the policy have a KL of their own
-        metrics["ref_kl"] = kl / n
+    metrics["accuracy"] = mean("won", "pairs")
+    metrics["shared_rows"] = mean("shared", "prompts")
+    if LOSSES[args.loss].reference and total["prompts"] and not args.online:  # the policy's samples have their own KL
+        metrics["ref_kl"] = mean("kl", "prompts")
     return metrics
+
+
+def prompt_values(model: Any, head: nn.Linear, examples: list[dict], pad_id: int) -> Tensor:
+    """V(x) of each response's prompt (S,) under the active role; a prompt is read once, with one token after it."""
+    groups = [(e["group"][0], [e["group"][1][0][:1]]) for e in examples]
+    values = head_values(model, head, lay_out(groups, False, pad_id, model.device))[:, 0]  # before the first token
+    counts = torch.tensor([len(e["group"][1]) for e in examples], device=model.device)
+    return values.repeat_interleave(counts)
 
 
 def preference_pass(
@@ -1950,27 +1972,27 @@ def preference_pass(
 ) -> np.ndarray:  # fmt: skip
     """preference_sums of some examples; grad: accumulate the gradient of the mean over n_prompts.
 
-    `references` None: the reference's log-probs are computed here, where the loss needs them.
+    `references` None: the reference's log-probs are computed here, where the loss needs them (always by tdpo).
     """
-    sums = np.zeros(13)
+    sums, tdpo = np.zeros(len(SUMS)), args.loss.startswith("tdpo")
     order = sorted(range(len(examples)), key=lambda k: group_tokens(examples[k]["group"]))  # like with like
     for part in (order[i : i + args.micro_batch_size] for i in range(0, len(order), args.micro_batch_size)):
-        micro, ref_logprobs = [examples[k] for k in part], []
-        if references is not None:
-            ref_logprobs = [references[k] for k in part]
-        elif LOSSES[args.loss].reference:
-            ref_logprobs = group_logprobs(model, "reference", [e["group"] for e in micro], pad_id, args)
-        batch = collate(micro, ref_logprobs, model, pad_id)
+        micro = [examples[k] for k in part]
+        batch = collate(micro, [references[k] for k in part] if references else [], model, pad_id)
         kl = values = torch.zeros_like(batch.share)
-        if args.loss.startswith("tdpo"):
+        if tdpo:  # its KL needs the reference's whole distribution at every token: kept as states, not as logits
             with role(model, "reference"):
                 ref_states = response_states(model, batch.rows)
+        elif references is None and LOSSES[args.loss].reference:
+            with role(model, "reference"):
+                batch = batch._replace(ref_logprobs=response_logprobs(model, batch.rows, args.temperature)[0])
         if value_head is not None:
             with role(model, "critic"):
-                values = head_values(model, value_head, batch.rows)[:, 0]  # before the first token: V(x)
+                values = prompt_values(model, value_head, micro, pad_id)
         with role(model, "policy", grad):
-            if args.loss.startswith("tdpo"):
-                logprobs, kl = logprobs_and_kl(model, batch.rows, ref_states, args.temperature)
+            if tdpo:
+                logprobs, ref_logprobs, kl = logprobs_and_kl(model, batch.rows, ref_states, args.temperature)
+                batch = batch._replace(ref_logprobs=ref_logprobs)
             else:
                 logprobs, _ = response_logprobs(model, batch.rows, args.temperature)
             loss = preference_loss(logprobs, batch, kl, values, baseline, args)
@@ -1979,7 +2001,7 @@ def preference_pass(
         if value_head is not None and grad:
             log_ratio = implicit_rewards(logprobs.detach(), batch, args) / args.beta
             with role(model, "critic", grad):
-                values = head_values(model, value_head, batch.rows)[:, 0]
+                values = prompt_values(model, value_head, micro, pad_id)
                 errors = batch.share * dro_loss(log_ratio, values, batch.wins, args.beta)
                 (errors.sum() / n_prompts).backward()
         sums += preference_sums(loss.detach(), logprobs.detach(), batch, args).cpu().numpy()
@@ -2028,23 +2050,13 @@ def sample_preferences(
         model, tokenizer, prompts, places, args.samples_per_prompt, stop_ids, args, (args.seed, 0, step)
     )  # fmt: skip
     gates: list[tuple] = []
-    if isinstance(reward, RewardModel):
-        scores = score_responses(rollout, reward, args)
-    else:  # None, here NaN, leaves the sample out
-        values = call_function(reward, str(args.reward_fn), rollout.prompts, rollout.texts)
-        scores = torch.tensor(values, dtype=torch.float32, device=rollout.mask.device)
+    scores = score_responses(rollout, reward, args)  # NaN, a function's None, leaves the sample out
     ref_logprobs, _ = role_logprobs(model, "reference", rollout, args.temperature)
     if step == 0:
         logprobs, _ = role_logprobs(model, "policy", rollout, args.temperature)
         gates = preflight(model, rollout, logprobs, ref_logprobs, args)
-    golds = call_function(gold, str(args.gold_fn), rollout.prompts, rollout.texts) if gold else np.zeros(0)
-    kl = ((rollout.sampler_logprobs - ref_logprobs) * rollout.mask).sum()
-    sums = [kl, rollout.mask.sum(), rollout.ended.sum(), scores.nansum(), (scores == scores).sum(), np.nansum(golds)]
-    n, *totals = global_sums(accelerator, len(scores), *(float(x) for x in sums), float((golds == golds).sum()))
-    metrics = dict(zip(("kl", "response_length", "eos_rate"), (x / n for x in totals[:3]), strict=True))
-    _, _, _, score, n_scored, gold_sum, n_judged = totals
-    metrics |= {"score": score / n_scored} if n_scored else {}
-    metrics |= {"gold": gold_sum / n_judged} if n_judged else {}
+    golds = call_function(gold, str(args.gold_fn), rollout.prompts, rollout.texts) if gold else None
+    metrics = batch_means(rollout, scores, rollout.sampler_logprobs - ref_logprobs, golds, accelerator)
     penalised = scores - args.missing_eos_penalty * (1 - rollout.ended)
     return *rank_samples(rollout, penalised, ref_logprobs, args), metrics, gates
 
@@ -2087,12 +2099,13 @@ def interval(x: np.ndarray) -> tuple[float, float, float]:
     """
     x = x[~np.isnan(x)]
     half = 1.96 * x.std(ddof=1) / math.sqrt(len(x)) if len(x) > 1 else math.nan
-    return x.mean() if len(x) else math.nan, x.mean() - half, x.mean() + half
+    mean = x.mean() if len(x) else math.nan
+    return mean, mean - half, mean + half
 
 
 def evaluate(model: Any, tokenizer: Any, who: str, prompts: list[dict], reward: Any, gold: Any, stop_ids: list[int],
              args: Any) -> dict[str, Any]:  # fmt: skip
-    """One response per held-out prompt in the role `who`: arrays over prompts (gold, score, kl, ...) and the texts."""
+    """One response per held-out prompt in the role `who`: arrays over prompts (gold, score, ...), texts, rollout."""
     names = list(range(len(prompts)))
     rollout = roll_out(model, tokenizer, prompts, names, 1, stop_ids, args, (args.seed, 1, 0), who)
     logprobs, entropy = role_logprobs(model, who, rollout, args.temperature)
@@ -2105,7 +2118,7 @@ def evaluate(model: Any, tokenizer: Any, who: str, prompts: list[dict], reward: 
     arrays: dict[str, Any] = {name: value.double().cpu().numpy() for name, value in result.items()}
     if gold is not None:
         arrays["gold"] = call_function(gold, str(args.gold_fn), prompts, rollout.texts)
-    return {**arrays, "texts": rollout.texts}
+    return {**arrays, "texts": rollout.texts, "rollout": rollout}
 
 
 def closing_table(before: dict, after: dict, stage: str, seconds: float) -> str:
@@ -2134,6 +2147,19 @@ def write_samples(folder: Path, prompts: list[dict], results: dict[str, dict]) -
             row |= {key: round(float(result[key][i]), 4) for key in known}
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     write_file(folder / "samples.jsonl", lambda temporary: temporary.write_text("".join(lines), encoding="utf-8"))
+
+
+def batch_means(
+    rollout: Rollout, scores: Tensor, log_ratio: Tensor, gold: np.ndarray | None, accelerator: Accelerator
+) -> dict[str, float]:
+    """Means over the whole batch: score, gold utility, KL(pi_old, pi_ref) in nats, length in tokens, eos_rate."""
+    kl = (log_ratio * rollout.mask).sum()
+    judged = gold[~np.isnan(gold)] if gold is not None else np.zeros(0)
+    sums = [scores.nansum(), (~scores.isnan()).sum(), judged.sum(), len(judged)]
+    sums += [len(scores), kl, rollout.mask.sum(), rollout.ended.sum()]
+    score, n_known, utility, n_judged, n, *totals = global_sums(accelerator, *(float(x) for x in sums))
+    means = ({"score": score / n_known} if n_known else {}) | ({"gold": utility / n_judged} if n_judged else {})
+    return means | dict(zip(("kl", "response_length", "eos_rate"), (x / n for x in totals), strict=True))
 
 
 def measure(
@@ -2199,15 +2225,8 @@ def settle_args(args: Args, world: int) -> None:
     args.beta = kind.beta if args.beta is None else args.beta
     args.nll_coef = kind.nll_coef if args.nll_coef is None else args.nll_coef
     args.pairs = args.pairs or ("all" if args.loss in ("lipo", "plackett_luce") else "best_worst")
-    for name in (
-        "beta",
-        "batch_size",
-        "micro_batch_size",
-        "sample_batch_size",
-        "epochs",
-        "temperature",
-        "max_response_length",
-    ):
+    positive = "beta batch_size micro_batch_size sample_batch_size epochs temperature max_response_length"
+    for name in positive.split():
         if getattr(args, name) <= 0:
             raise UserError(f"--{name} {getattr(args, name)}: must be above 0")
     if args.lora_r == 0:
@@ -2344,7 +2363,7 @@ def main(args: Args) -> None:
         f"{args.dtype}, {device.type} x {world}; one base, adapters {', '.join(model.peft_config)}"
     )
     references = heldout_references = None
-    if LOSSES[args.loss].reference and not args.online:
+    if LOSSES[args.loss].reference and not args.online and not args.loss.startswith("tdpo"):
         heldout_references = cached_logprobs(model, heldout, base, adapter, pad_id, args, accelerator)
         if not args.sync_ref_every:
             references = cached_logprobs(model, examples, base, adapter, pad_id, args, accelerator)

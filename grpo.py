@@ -1256,14 +1256,12 @@ def role_logprobs(model: Any, who: str, rollout: Rollout, temperature: float) ->
 def score_responses(rollout: Rollout, reward: RewardModel | Callable, args: Any) -> Tensor:
     """Scores (B,), before the penalty for a missing end: by the reward model, or by --reward_fn on the texts.
 
-    A response for which --reward_fn returns None gets the mean of the others.
+    NaN where --reward_fn returned None; what that means is the method's to say.
     """
     device = rollout.mask.device
     if not isinstance(reward, RewardModel):
         values = call_function(reward, str(args.reward_fn), rollout.prompts, rollout.texts)
-        if np.isnan(values).all():
-            raise UserError(f"{args.reward_fn} returned None for every response")
-        return torch.tensor(np.where(np.isnan(values), np.nanmean(values), values), dtype=torch.float32, device=device)
+        return torch.tensor(values, dtype=torch.float32, device=device)
     batches = rollout.batches()
     if reward.tokenizer is not None:  # another vocabulary or template: from the text, one padded row per response
         stops = find_stop_ids(reward.tokenizer, getattr(reward.model, "generation_config", None))
@@ -1355,14 +1353,8 @@ def load_rewards(args: Any, model: Any, base: str, tokenizer: Any, device: Any) 
 
 def reward_table(rollout: Rollout, rewards: list[Reward], args: Any) -> Tensor:
     """(B, F): each response's value of each reward, unweighted; NaN where a function returned None."""
-    columns = []
-    for reward in rewards:
-        if isinstance(reward.score, RewardModel):
-            columns.append(score_responses(rollout, reward.score, args))
-        else:
-            values = call_function(reward.score, reward.source, rollout.prompts, rollout.texts)
-            columns.append(torch.tensor(values, dtype=torch.float32, device=rollout.mask.device))
-    return torch.stack(columns, 1)
+    scored = [score_responses(rollout, reward.score, replace(args, reward_fn=reward.source)) for reward in rewards]
+    return torch.stack(scored, 1)
 
 
 def total_rewards(table: Tensor, weights: list[float]) -> Tensor:
@@ -1729,27 +1721,26 @@ def interval(x: np.ndarray) -> tuple[float, float, float]:
     """
     x = x[~np.isnan(x)]
     half = 1.96 * x.std(ddof=1) / math.sqrt(len(x)) if len(x) > 1 else math.nan
-    return x.mean() if len(x) else math.nan, x.mean() - half, x.mean() + half
+    mean = x.mean() if len(x) else math.nan
+    return mean, mean - half, mean + half
 
 
-def judge_policy(
-    model: Any, tokenizer: Any, who: str, prompts: list[dict], rewards: list[Reward], gold: Any, stop_ids: list[int],
-    args: Any,
-) -> dict[str, Any]:  # fmt: skip
-    """One response per held-out prompt in the role `who`: arrays over prompts (each reward, gold, kl, ...), texts."""
+def evaluate(model: Any, tokenizer: Any, who: str, prompts: list[dict], reward: Any, gold: Any, stop_ids: list[int],
+             args: Any) -> dict[str, Any]:  # fmt: skip
+    """One response per held-out prompt in the role `who`: arrays over prompts (gold, score, ...), texts, rollout."""
     names = list(range(len(prompts)))
     rollout = roll_out(model, tokenizer, prompts, names, 1, stop_ids, args, (args.seed, 1, 0), who)
     logprobs, entropy = role_logprobs(model, who, rollout, args.temperature)
     ref_logprobs, _ = role_logprobs(model, "reference", rollout, args.temperature)
-    lengths, table = rollout.mask.sum(1), reward_table(rollout, rewards, args)
+    lengths = rollout.mask.sum(1)
     kl, entropy = ((x * rollout.mask).sum(1) for x in (logprobs - ref_logprobs, entropy))
     result = {"kl": kl, "length": lengths, "entropy": entropy / lengths, "ended": rollout.ended}
-    result["score"] = total_rewards(table, [reward.weight for reward in rewards])
-    result |= {f"reward {reward.name}": column for reward, column in zip(rewards, table.T, strict=True)}
+    if reward is not None:
+        result["score"] = score_responses(rollout, reward, args)
     arrays: dict[str, Any] = {name: value.double().cpu().numpy() for name, value in result.items()}
     if gold is not None:
         arrays["gold"] = call_function(gold, str(args.gold_fn), prompts, rollout.texts)
-    return {**arrays, "texts": rollout.texts}
+    return {**arrays, "texts": rollout.texts, "rollout": rollout}
 
 
 def closing_table(before: dict, after: dict, stage: str, seconds: float) -> str:
@@ -1780,6 +1771,18 @@ def write_samples(folder: Path, prompts: list[dict], results: dict[str, dict]) -
     write_file(folder / "samples.jsonl", lambda temporary: temporary.write_text("".join(lines), encoding="utf-8"))
 
 
+def judge_policy(
+    model: Any, tokenizer: Any, who: str, prompts: list[dict], rewards: list[Reward], gold: Any, stop_ids: list[int],
+    args: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """`evaluate`, and each reward by name and their weighted total as the score."""
+    result = evaluate(model, tokenizer, who, prompts, None, gold, stop_ids, args)
+    table = reward_table(result["rollout"], rewards, args)
+    columns = {f"reward {reward.name}": column for reward, column in zip(rewards, table.T, strict=True)}
+    columns["score"] = total_rewards(table, [reward.weight for reward in rewards])
+    return {**result, **{name: column.double().cpu().numpy() for name, column in columns.items()}}
+
+
 def table_with_rewards(before: dict, after: dict, seconds: float) -> str:
     """The closing table, with each reward by name on top: reference and policy, means with 95 % intervals."""
     head, *lines = closing_table(before, after, "GRPO", seconds).splitlines()
@@ -1799,7 +1802,7 @@ def batch_means(
     sums = [scores.nansum(), (~scores.isnan()).sum(), judged.sum(), len(judged)]
     sums += [len(scores), kl, rollout.mask.sum(), rollout.ended.sum()]
     score, n_known, utility, n_judged, n, *totals = global_sums(accelerator, *(float(x) for x in sums))
-    means = {"score": score / max(n_known, 1)} | ({"gold": utility / n_judged} if n_judged else {})
+    means = ({"score": score / n_known} if n_known else {}) | ({"gold": utility / n_judged} if n_judged else {})
     return means | dict(zip(("kl", "response_length", "eos_rate"), (x / n for x in totals), strict=True))
 
 
@@ -1816,15 +1819,8 @@ def settle_method(args: Args, world: int) -> None:
         raise UserError("--rewards lists all rewards; put --reward_fn and --reward_model there too")
     if args.reward_fn and args.reward_model:
         raise UserError("--reward_fn and --reward_model are both given; name both in --rewards, with weights")
-    for name in (
-        "batch_size",
-        "micro_batch_size",
-        "sample_batch_size",
-        "epochs",
-        "temperature",
-        "mu",
-        "max_response_length",
-    ):
+    positive = "batch_size micro_batch_size sample_batch_size epochs temperature mu max_response_length"
+    for name in positive.split():
         if getattr(args, name) <= 0:
             raise UserError(f"--{name} {getattr(args, name)}: must be above 0")
     if not 0 <= (args.overlong_buffer or 0) <= 1:

@@ -1138,14 +1138,12 @@ def role_logprobs(model: Any, who: str, rollout: Rollout, temperature: float) ->
 def score_responses(rollout: Rollout, reward: RewardModel | Callable, args: Any) -> Tensor:
     """Scores (B,), before the penalty for a missing end: by the reward model, or by --reward_fn on the texts.
 
-    A response for which --reward_fn returns None gets the mean of the others.
+    NaN where --reward_fn returned None; what that means is the method's to say.
     """
     device = rollout.mask.device
     if not isinstance(reward, RewardModel):
         values = call_function(reward, str(args.reward_fn), rollout.prompts, rollout.texts)
-        if np.isnan(values).all():
-            raise UserError(f"{args.reward_fn} returned None for every response")
-        return torch.tensor(np.where(np.isnan(values), np.nanmean(values), values), dtype=torch.float32, device=device)
+        return torch.tensor(values, dtype=torch.float32, device=device)
     batches = rollout.batches()
     if reward.tokenizer is not None:  # another vocabulary or template: from the text, one padded row per response
         stops = find_stop_ids(reward.tokenizer, getattr(reward.model, "generation_config", None))
@@ -1165,6 +1163,13 @@ def score_responses(rollout: Rollout, reward: RewardModel | Callable, args: Any)
         for numbers, rows in batches:
             scores[numbers] = head_scores(reward.model, reward.head, rows) - reward.mean
     return scores
+
+
+def fill_missing(scores: Tensor, args: Args) -> Tensor:
+    """Scores (B,); a response for which --reward_fn returned None, here NaN, gets the mean of the others."""
+    if scores.isnan().all():
+        raise UserError(f"{args.reward_fn} returned None for every response")
+    return torch.where(scores.isnan(), scores.nanmean(), scores)
 
 
 def final_scores(scores: Tensor, ended: Tensor, args: Args) -> Tensor:
@@ -1490,12 +1495,13 @@ def interval(x: np.ndarray) -> tuple[float, float, float]:
     """
     x = x[~np.isnan(x)]
     half = 1.96 * x.std(ddof=1) / math.sqrt(len(x)) if len(x) > 1 else math.nan
-    return x.mean() if len(x) else math.nan, x.mean() - half, x.mean() + half
+    mean = x.mean() if len(x) else math.nan
+    return mean, mean - half, mean + half
 
 
 def evaluate(model: Any, tokenizer: Any, who: str, prompts: list[dict], reward: Any, gold: Any, stop_ids: list[int],
              args: Any) -> dict[str, Any]:  # fmt: skip
-    """One response per held-out prompt in the role `who`: arrays over prompts (gold, score, kl, ...) and the texts."""
+    """One response per held-out prompt in the role `who`: arrays over prompts (gold, score, ...), texts, rollout."""
     names = list(range(len(prompts)))
     rollout = roll_out(model, tokenizer, prompts, names, 1, stop_ids, args, (args.seed, 1, 0), who)
     logprobs, entropy = role_logprobs(model, who, rollout, args.temperature)
@@ -1508,7 +1514,7 @@ def evaluate(model: Any, tokenizer: Any, who: str, prompts: list[dict], reward: 
     arrays: dict[str, Any] = {name: value.double().cpu().numpy() for name, value in result.items()}
     if gold is not None:
         arrays["gold"] = call_function(gold, str(args.gold_fn), prompts, rollout.texts)
-    return {**arrays, "texts": rollout.texts}
+    return {**arrays, "texts": rollout.texts, "rollout": rollout}
 
 
 def closing_table(before: dict, after: dict, stage: str, seconds: float) -> str:
@@ -1642,7 +1648,7 @@ def main(args: Args) -> None:
         old_logprobs, entropy = role_logprobs(model, "policy", rollout, args.temperature)
         ref_logprobs, _ = role_logprobs(model, "reference", rollout, args.temperature)
         old_values = role_values(model, critic_head, rollout)
-        scores = score_responses(rollout, reward, args)
+        scores = fill_missing(score_responses(rollout, reward, args), args)
         if step == 0:
             gates = preflight(model, rollout, old_logprobs, ref_logprobs, args)
 

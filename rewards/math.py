@@ -11,7 +11,8 @@ from typing import Any
 
 NUMBER = re.compile(
     r"(?:(?<![\w)\]}.])[-+])?"  # a sign, but not the minus of 7-3
-    r"(?:\$[-+]?)?(?:\d{1,3}(?:,\d{3})+(?![\d])|\d+|(?=\.\d))"  # $1,234 or 1234 or nothing, as in .5
+    r"(?:\$[-+]?)?(?:\d+\s+(?=\d+\s?/\s?\d))?"  # $, and the 3 of 3 1/2
+    r"(?:\d{1,3}(?:,\d{3})+(?![\d])|\d+|(?=\.\d))"  # 1,234 or 1234 or nothing, as in .5
     r"(?:\.\d+)?"
     r"(?:\s?/\s?\d+(?:\.\d+)?)?"  # 3/4
 )
@@ -47,19 +48,23 @@ def final_answer(text: str) -> tuple[str, bool]:
 def number(text: str) -> Fraction | None:
     r"""The number a text answers with, exactly: the first one after a mark, else the last one of the text.
 
-    Signs, thousands separators, decimals, fractions; dollar and percent signs are read over, so 50% is 50.
+    Signs, thousands separators, decimals, fractions, mixed numbers; dollar and percent signs are read over: 50% is 50.
 
     >>> [str(number(t)) for t in ("#### 1,234", r"\boxed{-\frac{3}{4}}", "7-3 = 4.0.", "-$.5", "50%", "10, 20", "5-3")]
     ['1234', '-3/4', '4', '-1/2', '50', '20', '3']
     """
     answer, marked = final_answer(text)
     answer = answer.replace("\u2212", "-").replace("{,}", ",").replace("\\!", "").replace("\\$", "$")
-    answer = re.sub(r"\\[dt]?frac\s*\{\s*([-+]?\d+)\s*\}\s*\{\s*(\d+)\s*\}", r"\1/\2", answer)
+    part = r"\s*(?:\{\s*([-+]?\d+)\s*\}|(\d))"  # of \frac{1}{12} or \frac12
+    answer = re.sub(r"(?<=\d)\s*(?=\\[dt]?frac)", " ", answer)
+    answer = re.sub(rf"\\[dt]?frac{part}{part}", r"\1\2/\3\4", answer)
     found = NUMBER.findall(answer)
     if not found:
         return None
-    top, _, bottom = re.sub(r"[$,\s]", "", found[0] if marked else found[-1]).partition("/")
-    return Fraction(top) / Fraction(bottom) if bottom and Fraction(bottom) else Fraction(top)
+    *whole, last = re.sub(r"\s*/\s*", "/", re.sub(r"[$,]", "", found[0] if marked else found[-1])).split()
+    top, _, bottom = last.partition("/")
+    value = Fraction(top) / Fraction(bottom) if bottom and Fraction(bottom) else Fraction(top)
+    return Fraction(whole[0]) + (-value if whole[0].startswith("-") else value) if whole else value
 
 
 def numeric(prompts: list, responses: list[str], answer: list, **columns: Any) -> list[float | None]:

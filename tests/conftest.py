@@ -15,7 +15,7 @@ os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # exact comparisons are mad
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"  # real tokenizers, templates and data that do not belong to the repository
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "eval")]
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -24,6 +24,7 @@ import torch  # noqa: E402
 torch.set_num_threads(1)  # a sum split over threads has another last bit
 CPU = torch.device("cpu")
 STAGES = ("sft", "reward", "ppo", "dpo", "grpo")
+Seen = list[tuple[tuple, Any]]  # (arguments, result) of each recorded call
 CANARIES = ("The fox is red.", "I hope this helps you.", "red red red", "Thank you! The otter eats fish.", "no")
 
 
@@ -50,6 +51,28 @@ def write_jsonl(path: Path, rows: list) -> Path:
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return path
+
+
+def strict_rows(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
+    """Rows of a run folder's .jsonl file, which must be strict JSON."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in (folder / name).read_text().splitlines()]
+
+
+def record(patch: pytest.MonkeyPatch, script: Any, name: str) -> Seen:
+    """Calls of <script>.<name> from now on, as they come."""
+    original, seen = getattr(script, name), []
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        seen.append((args, result))
+        return result
+
+    patch.setattr(script, name, recorded)
+    return seen
 
 
 def perturb(model: Any, name: str, seed: int, size: float) -> None:

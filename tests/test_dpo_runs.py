@@ -11,47 +11,36 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_adapter, perturb, read_jsonl, same_weights, shared_or_skip, write_jsonl
+from conftest import (
+    ROOT,
+    make_adapter,
+    perturb,
+    read_jsonl,
+    record,
+    same_weights,
+    shared_or_skip,
+    strict_rows,
+    write_jsonl,
+)
 from test_runs import ADAPTER_FILES, RUN_FILES, Killed, assert_same_gradients, check_report, count_lines, die_at, launch
 from torch import Tensor
 
 import dpo
 
 Run = Callable[..., Path]
-Seen = list[tuple[tuple, Any]]  # (arguments, result) of each call
 KEYS = {
     "step", "loss", "chosen_reward", "rejected_reward", "margin", "accuracy", "chosen_logprob", "rejected_logprob",
-    "chosen_length", "rejected_length", "ref_kl", "grad_norm", "learning_rate",
+    "chosen_length", "rejected_length", "shared_rows", "ref_kl", "grad_norm", "learning_rate",
 }  # fmt: skip
 ONLINE = {"online": True, "dataset": "prompts", "eval_dataset": None, "eval_size": 3, "reward_fn": "letters"}
-
-
-def metrics(folder: Path) -> list[dict]:
-    """Rows of metrics.jsonl, which must be strict JSON."""
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no JSON")
-
-    return [json.loads(line, parse_constant=refuse) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def record(patch: pytest.MonkeyPatch, name: str) -> Seen:
-    """Calls of dpo.<name> from now on."""
-    original, seen = getattr(dpo, name), []
-
-    def recorded(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
-        seen.append((args, result))
-        return result
-
-    patch.setattr(dpo, name, recorded)
-    return seen
 
 
 @pytest.fixture(scope="session")
@@ -125,7 +114,7 @@ def test_an_offline_run_writes_what_it_says(run: Run, capsys: pytest.CaptureFixt
     folder = run(plot=True, eval_every=1, save_every=1, gold_fn="letters", eval_samples=2)
     assert {p.name for p in folder.iterdir()} >= ADAPTER_FILES | RUN_FILES
     assert not list(folder.rglob("*.tmp")) and (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
-    rows = metrics(folder)
+    rows = strict_rows(folder)
     assert [row["step"] for row in rows] == [0, 1]
     heldout = {f"heldout_{name}" for name in ("loss", "accuracy", "margin", "gold", "kl")}
     assert all(row.keys() == KEYS | heldout and all(map(math.isfinite, row.values())) for row in rows)
@@ -144,7 +133,7 @@ def test_an_offline_run_writes_what_it_says(run: Run, capsys: pytest.CaptureFixt
 def test_an_online_run_writes_what_it_says(run: Run) -> None:
     """The same with samples: the preflight's gates, score_low; the metrics of the samples."""
     folder = run(**ONLINE, eval_samples=3, eval_every=1)
-    rows = metrics(folder)
+    rows = strict_rows(folder)
     sampled = {"score", "kl", "response_length", "eos_rate", "heldout_kl"}
     assert all(row.keys() == (KEYS - {"ref_kl"}) | sampled | {"ranked"} for row in rows)
     assert all(all(map(math.isfinite, row.values())) and 0 < row["ranked"] <= 1 for row in rows)
@@ -158,9 +147,9 @@ def test_a_gold_function_judges_and_does_not_train(flags: dict, run: Run, tmp_pa
     judged = run(**flags, gold_fn="constant", eval_samples=2)
     plain = run(**flags, output_dir=str(tmp_path / "plain"), eval_samples=2)
     assert same_weights(judged, plain)
-    assert metrics(judged)[-1]["heldout_gold"] == 1 and "heldout_gold" not in metrics(plain)[-1]
+    assert strict_rows(judged)[-1]["heldout_gold"] == 1 and "heldout_gold" not in strict_rows(plain)[-1]
     if flags:
-        assert [row["gold"] for row in metrics(judged)] == [1, 1]
+        assert [row["gold"] for row in strict_rows(judged)] == [1, 1]
     gates = [{g["name"] for g in json.loads((f / "report.json").read_text())["gates"]} for f in (judged, plain)]
     assert "gold_low" in gates[0] and "gold_low" not in gates[1] and ("score_low" in gates[1]) == bool(flags)
 
@@ -194,7 +183,7 @@ def test_the_result_is_what_plain_peft_says(run: Run, sft_run: Path, base: Path,
         ours, reference = (plain_logprobs(path, base, texts) for path in (folder, sft_run))
         ratios.append(np.array(ours) - np.array(reference))
     d = 0.3 * (ratios[0] - ratios[1])
-    last = metrics(folder)[-1]
+    last = strict_rows(folder)[-1]
     assert np.abs(d).max() > 0.01
     assert last["heldout_margin"] == pytest.approx(d.mean(), abs=1e-4)
     assert last["heldout_accuracy"] == pytest.approx((d > 0).mean())
@@ -214,7 +203,7 @@ def test_without_held_out_data_a_run_ends_well(flags: dict, run: Run) -> None:
     """--eval_size 0: nothing is measured, nothing is sampled, the adapter is written."""
     folder = run(**{**flags, "eval_dataset": None, "eval_size": 0.0, "eval_samples": 2})
     assert (folder / "adapter_model.safetensors").is_file() and not (folder / "samples.jsonl").exists()
-    assert all(row.keys() >= KEYS - {"ref_kl"} and not any("heldout" in k for k in row) for row in metrics(folder))
+    assert all(row.keys() >= KEYS - {"ref_kl"} and not any("heldout" in k for k in row) for row in strict_rows(folder))
 
 
 # ----------------------------------------------------------------------------------------------------- determinism
@@ -263,7 +252,7 @@ def first_step(run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple
                 patch.setattr(dpo, "check_start", lambda *_: [])
                 patch.setattr(dpo, "preflight", lambda *_: [])
             folder = run(max_steps=1, **flags)
-        row = metrics(folder)[0]
+        row = strict_rows(folder)[0]
         return found, {key: value for key, value in row.items() if not key.startswith("heldout")}
 
     return start
@@ -304,6 +293,7 @@ def test_layout_does_not_change_the_step(name: str, first_step: Any, monkeypatch
     for shared in (True, False):
         monkeypatch.setattr(dpo, "share_prompts", lambda groups, config, shared=shared: shared)
         found.append(first_step(**BATCHES[name]))
+    assert [metrics.pop("shared_rows") for _, metrics in found] == [1, 0]
     assert_same_step(*found)
 
 
@@ -369,7 +359,7 @@ def assert_resumed_equals(done: Path, resumed: Path) -> None:
     for name in ("metrics.jsonl", "adapter_model.safetensors", "samples.jsonl", "report.json"):
         if name != "samples.jsonl" or (done / name).is_file():
             assert (resumed / name).read_bytes() == (done / name).read_bytes(), name
-    assert len(read_jsonl(resumed / "timing.jsonl")) == len(metrics(done))
+    assert len(read_jsonl(resumed / "timing.jsonl")) == len(strict_rows(done))
 
 
 MARKS = {"save_checkpoint": pytest.mark.slow, "write_file": pytest.mark.slow}
@@ -550,7 +540,7 @@ def test_offline_a_reward_function_judges(run: Run) -> None:
     folder = run(reward_fn="letters", eval_samples=2)
     check_samples(folder, 2, {"score"})
     assert "score_low" in {gate["name"] for gate in json.loads((folder / "report.json").read_text())["gates"]}
-    assert all("score" not in row for row in metrics(folder)[:-1])
+    assert all("score" not in row for row in strict_rows(folder)[:-1])
 
 
 def test_a_cache_made_with_other_batches_gives_the_same_bytes(run: Run, tmp_path: Path) -> None:
@@ -594,18 +584,31 @@ def test_a_loss_without_reference_computes_none(
     loss: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """orpo, simpo, cpo: no cache, no pass in the role of the reference."""
-    roles: list[str] = []
-    original = dpo.role
-
-    def recorded(model: Any, name: str, *rest: Any) -> Any:
-        roles.append(name)
-        return original(model, name, *rest)
-
-    monkeypatch.setattr(dpo, "role", recorded)
+    roles = record(monkeypatch, dpo, "role")
     folder = run(loss=loss)
-    assert set(roles) == {"policy"} and not cache_files(tmp_path)
-    assert all("ref_kl" not in row and math.isfinite(row["loss"]) for row in metrics(folder))
+    assert {who for (_, who, *_), _ in roles} == {"policy"} and not cache_files(tmp_path)
+    assert all("ref_kl" not in row and math.isfinite(row["loss"]) for row in strict_rows(folder))
     assert {g["name"] for g in json.loads((folder / "report.json").read_text())["gates"]} == {"accuracy_gain"}
+
+
+def test_tdpo_asks_the_reference_once(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its pass over the reference for the KL gives the log-probs, too: no cache, a pass each per micro-batch."""
+    roles = record(monkeypatch, dpo, "role")
+    folder = run(loss="tdpo1")
+    names = [who for (_, who, *_), _ in roles]
+    assert names == ["reference", "policy"] * (len(names) // 2) and len(names) > 4 and not cache_files(tmp_path)
+    assert strict_rows(folder)[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_every_process_finds_the_same_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name has the kind of the device, not the number of the card that a process was given."""
+    monkeypatch.setattr(dpo, "group_logprobs", lambda *_: [[torch.zeros(2)]])
+    computed = record(monkeypatch, dpo, "group_logprobs")
+    args, alone = dpo.Args(cache_dir=str(tmp_path / "cache")), SimpleNamespace(main_process_first=nullcontext)
+    for number in (0, 1):
+        model = SimpleNamespace(device=torch.device("cuda", number))
+        dpo.cached_logprobs(model, [{"group": ([1], [[2, 3]])}], str(ROOT / "tiny" / "base"), None, 0, args, alone)
+    assert len(computed) == len(cache_files(tmp_path)) == 1
 
 
 # ------------------------------------------------------------------------------------------------------------- data
@@ -615,7 +618,7 @@ def test_a_loss_without_reference_computes_none(
 def test_rankings_with_ties_train(loss: str, run: Run) -> None:
     """prompt + responses + ranks: two to four responses, some tied."""
     folder = run(loss=loss, dataset="lists", eval_dataset="lists", max_steps=6, micro_batch_size=3)
-    rows = metrics(folder)
+    rows = strict_rows(folder)
     assert all(row.keys() >= KEYS and all(map(math.isfinite, row.values())) for row in rows)
     assert rows[-1]["margin"] > 0.01 and rows[-1]["accuracy"] > 0.6  # the same twelve rows again and again
 
@@ -626,7 +629,7 @@ def test_rankings_with_ties_train(loss: str, run: Run) -> None:
 def test_labelled_responses_train(loss: str, table: str, run: Run) -> None:
     """prompt + completion + label: liked or not; for dro also any number. No accuracy, no gate of one."""
     folder = run(loss=loss, dataset=table, eval_dataset=table, max_steps=6)
-    rows = metrics(folder)
+    rows = strict_rows(folder)
     keys = KEYS - {"accuracy"}
     assert all(row.keys() >= keys and "accuracy" not in row and all(map(math.isfinite, row.values())) for row in rows)
     assert rows[-1]["margin"] > 0.01 and rows[-1]["heldout_margin"] > 0.01
@@ -646,7 +649,7 @@ def test_labels_of_one_kind_train(loss: str, labels: list, run: Run, data: dict[
     """All liked, none liked, rewards all high or all low: what needs both is left out, the rest goes on."""
     rows = [{**row, "label": labels[i % len(labels)]} for i, row in enumerate(read_jsonl(Path(data["votes"])))]
     file = str(write_jsonl(tmp_path / "labels.jsonl", rows))
-    table = metrics(run(loss=loss, dataset=file, eval_dataset=None, eval_size=4))
+    table = strict_rows(run(loss=loss, dataset=file, eval_dataset=None, eval_size=4))
     assert all("margin" not in row and math.isfinite(row["loss"]) for row in table)
     assert table[1]["grad_norm"] > 0
 
@@ -692,7 +695,7 @@ def test_bad_rows_are_counted_by_reason(run: Run, data: dict[str, str], tmp_path
 def test_a_ranking_may_have_a_column_called_chosen(run: Run, data: dict[str, str], tmp_path: Path) -> None:
     """prompt + responses + ranks is a column set of its own, whatever other columns there are."""
     rows = [{**row, "chosen": row["responses"][0]} for row in read_jsonl(Path(data["lists"]))]
-    assert len(metrics(run(dataset=str(write_jsonl(tmp_path / "lists.jsonl", rows))))) == 2
+    assert len(strict_rows(run(dataset=str(write_jsonl(tmp_path / "lists.jsonl", rows))))) == 2
 
 
 @pytest.mark.parametrize("loss", ["kto", "dro"])
@@ -796,7 +799,7 @@ def test_real_pairs_train(run: Run, tmp_path: Path) -> None:
     rows = sorted(rows, key=lambda row: len(row["chosen"] + row["rejected"]))[:24]
     flags = {"dataset": str(write_jsonl(tmp_path / "hh.jsonl", rows)), "eval_dataset": None, "eval_size": 4}
     flags |= {"chat_template": "plain", "max_response_length": 200, "eval_samples": 0, "lora_r": 4, "max_steps": 3}
-    table = metrics(run(model=str(model), **flags))
+    table = strict_rows(run(model=str(model), **flags))
     assert len(table) == 3 and all(math.isfinite(value) for row in table for value in row.values())
     assert table[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and table[2]["loss"] != table[0]["loss"]
 
@@ -836,7 +839,7 @@ def test_every_loss_improves_its_own_objective(
 ) -> None:
     """20 steps on twenty rows of the embedded world: their loss falls, chosen responses gain on rejected ones."""
     monkeypatch.setattr(dpo, "plot_curves", lambda *_: None)
-    seen, name = record(monkeypatch, "measure"), "rankings" if dpo.LOSSES[loss].data == "lists" else "preferences"
+    seen, name = record(monkeypatch, dpo, "measure"), "rankings" if dpo.LOSSES[loss].data == "lists" else "preferences"
     file, output = str(tiny_world / f"{name}.jsonl"), str(tmp_path / "run")
     flags: dict[str, Any] = {
         "max_steps": 20,
@@ -848,7 +851,7 @@ def test_every_loss_improves_its_own_objective(
     dpo.main(dpo.Args(loss=loss, dataset=file, eval_dataset=file, output_dir=output, **flags))
     before, after = (result for _, result in seen)
     assert after["loss"] < before["loss"] and after["margin"] > before["margin"]
-    assert metrics(tmp_path / "run")[-1]["heldout_loss"] == pytest.approx(after["loss"], rel=1e-6)
+    assert strict_rows(tmp_path / "run")[-1]["heldout_loss"] == pytest.approx(after["loss"], rel=1e-6)
 
 
 def test_flags_of_the_losses_enter(first_step: Any) -> None:
@@ -875,7 +878,7 @@ def letters(text: str) -> float:
 @pytest.mark.parametrize("pairs", ["best_worst", "all"])
 def test_samples_are_ranked_by_reward(pairs: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """best_worst: the two extremes of each prompt's samples; all: every sample, ranks in the order of the scores."""
-    ranked = record(monkeypatch, "rank_samples")
+    ranked = record(monkeypatch, dpo, "rank_samples")
     run(**ONLINE, pairs=pairs, max_steps=1)
     (((rollout, scores, reference, _), (examples, references)),) = ranked
     assert scores.tolist() == pytest.approx([letters(text) for text in rollout.texts], abs=1e-6)
@@ -900,7 +903,7 @@ def test_a_rewarded_word_becomes_frequent(run: Run, sft_run: Path, tmp_path: Pat
     )
     reward = f"{tmp_path / 'word.py'}:score"
     folder = run(**{**ONLINE, "reward_fn": reward}, max_steps=20, batch_size=32, micro_batch_size=32)
-    rows = metrics(folder)
+    rows = strict_rows(folder)
     share = [row["score"] for row in rows]
     assert np.mean(share[-5:]) > np.mean(share[:5]) + 0.02
     assert abs(rows[0]["kl"]) < 1e-3 and np.mean([row["kl"] for row in rows[-5:]]) > 0.1
@@ -919,7 +922,7 @@ def test_equal_scores_leave_no_pair(loss: str, run: Run, sft_run: Path) -> None:
     flags = {**ONLINE, "reward_fn": "constant", "loss": loss}
     folder = run(**flags)
     assert same_weights(folder, sft_run)
-    assert all("loss" not in row and row["grad_norm"] == 0 and row["score"] == 1 for row in metrics(folder))
+    assert all("loss" not in row and row["grad_norm"] == 0 and row["score"] == 1 for row in strict_rows(folder))
 
 
 def test_prompts_with_equal_scores_are_left_out(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -928,7 +931,7 @@ def test_prompts_with_equal_scores_are_left_out(run: Run, tmp_path: Path, monkey
         "def score(prompts, responses, **columns):\n"
         "    return [len(r) * (p == prompts[0]) for p, r in zip(prompts, responses)]"
     )
-    passes = record(monkeypatch, "preference_pass")
+    passes = record(monkeypatch, dpo, "preference_pass")
     run(**{**ONLINE, "reward_fn": f"{tmp_path / 'first.py'}:score"}, max_steps=1)
     ((arguments, _),) = passes
     examples, n_prompts = arguments[2], arguments[4]
@@ -939,7 +942,7 @@ def test_prompts_with_equal_scores_are_left_out(run: Run, tmp_path: Path, monkey
 def test_the_reference_follows_and_evaluation_does_not(bare: bool, run: Run, base: Path) -> None:
     """--sync_ref_every 1: every rollout starts at KL 0; the closing KL is that to the reference of the start."""
     flags = {**ONLINE, "eval_samples": 3, "max_steps": 4, **({"model": str(base)} if bare else {})}
-    free, synced = metrics(run(**flags)), metrics(run(**flags, sync_ref_every=1))
+    free, synced = strict_rows(run(**flags)), strict_rows(run(**flags, sync_ref_every=1))
     assert all(abs(row["kl"]) < 1e-3 for row in synced) and max(abs(row["kl"]) for row in free) > 0.05
     assert abs(free[-1]["heldout_kl"]) > 0.05 and abs(synced[-1]["heldout_kl"]) > 0.05
     assert all(row["loss"] == pytest.approx(math.log(2), abs=1e-4) for row in synced if "loss" in row)
@@ -947,8 +950,8 @@ def test_the_reference_follows_and_evaluation_does_not(bare: bool, run: Run, bas
 
 def test_a_reference_is_synced_every_second_step(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Offline: the loss is log 2 where the reference has just become the policy, and only there."""
-    copies = record(monkeypatch, "copy_adapter")
-    rows = metrics(run(sync_ref_every=2, max_steps=5))
+    copies = record(monkeypatch, dpo, "copy_adapter")
+    rows = strict_rows(run(sync_ref_every=2, max_steps=5))
     fresh = [abs(row["loss"] - math.log(2)) < 1e-5 for row in rows]
     assert fresh == [True, False, True, False, True]
     assert [arguments[1:] for arguments, _ in copies] == [("policy", "reference")] * 2
@@ -960,7 +963,7 @@ def test_a_reward_model_ranks(run: Run, reward_run: Path, base: Path, monkeypatc
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    ranked = record(monkeypatch, "rank_samples")
+    ranked = record(monkeypatch, dpo, "rank_samples")
     run(**{**ONLINE, "reward_fn": None}, reward_model=str(reward_run), max_steps=1)
     assert "5 canaries reproduce" in capsys.readouterr().out
     plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
@@ -975,8 +978,8 @@ def test_a_reward_model_ranks(run: Run, reward_run: Path, base: Path, monkeypatc
 
 def test_dro_learns_from_the_scores(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Online, with all samples: the reward of each is its score, not its place."""
-    ranked = record(monkeypatch, "rank_samples")
-    rows = metrics(run(**ONLINE, loss="dro", pairs="all", max_steps=1))
+    ranked = record(monkeypatch, dpo, "rank_samples")
+    rows = strict_rows(run(**ONLINE, loss="dro", pairs="all", max_steps=1))
     (((_, scores, *_), (examples, _)),) = ranked
     found = [score for example in examples for score in example["wins"]]
     assert len(found) == 8 and found == pytest.approx(scores.tolist()) and math.isfinite(rows[0]["loss"])
@@ -984,11 +987,11 @@ def test_dro_learns_from_the_scores(run: Run, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_missing_end_costs(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal scores: what ended is ranked above what did not, by the penalty; the logged score is without it."""
-    ranked = record(monkeypatch, "rank_samples")
+    ranked = record(monkeypatch, dpo, "rank_samples")
     folder = run(**{**ONLINE, "reward_fn": "constant"}, missing_eos_penalty=2.0, batch_size=48, max_steps=1)
     (((rollout, scores, *_), (examples, _)),) = ranked
     assert scores.tolist() == [1 - 2 * (1 - ended) for ended in rollout.ended.tolist()]
-    assert 0 < metrics(folder)[0]["eos_rate"] < 1 and metrics(folder)[0]["score"] == 1 and examples
+    assert 0 < strict_rows(folder)[0]["eos_rate"] < 1 and strict_rows(folder)[0]["score"] == 1 and examples
     stops = {y[-1] for y, ended in zip(rollout.responses, rollout.ended, strict=True) if ended}
     for example in examples:
         chosen, rejected = example["group"][1]
@@ -1000,12 +1003,12 @@ def test_four_bits_train(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     """--quant nf4 on CPU: 4-bit layers, a first loss of log 2 to bfloat16's rounding, and resume bit for bit."""
     import bitsandbytes
 
-    loaded = record(monkeypatch, "load_policy")
+    loaded = record(monkeypatch, dpo, "load_policy")
     flags = {"quant": "nf4", "max_steps": 3, "save_every": 1, "eval_samples": 0}
     done = run(output_dir=str(tmp_path / "done"), **flags)
     ((_, (model, *_)),) = loaded
     assert sum(isinstance(module, bitsandbytes.nn.Linear4bit) for module in model.modules()) >= 14
-    rows = metrics(done)
+    rows = strict_rows(done)
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=0.02) and rows[2]["loss"] != rows[0]["loss"]
     with monkeypatch.context() as patch:
         die_at(patch, dpo, "log_step", 3)
@@ -1019,8 +1022,8 @@ def test_four_bits_train(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 @pytest.mark.parametrize("sync", [0, 2])
 def test_a_bare_base_is_its_own_reference(sync: int, run: Run, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """--model without an adapter: a new one is trained, the first loss is log 2, the reference stays the base."""
-    loaded = record(monkeypatch, "load_policy")
-    rows = metrics(run(model=str(base), lora_r=4, sync_ref_every=sync, max_steps=3))
+    loaded = record(monkeypatch, dpo, "load_policy")
+    rows = strict_rows(run(model=str(base), lora_r=4, sync_ref_every=sync, max_steps=3))
     ((_, (model, *_)),) = loaded
     assert set(model.peft_config) == ({"policy", "reference"} if sync else {"policy"})
     fresh = [abs(row["loss"] - math.log(2)) < 1e-5 for row in rows]
@@ -1040,6 +1043,6 @@ def test_two_processes_equal_one(loss: str, table: str, sft_run: Path, data: dic
     else:
         flags |= {"loss": loss, "eval_dataset": data["heldout"]}
     one, two = (launch("dpo", n, tmp_path / str(n), flags) for n in (1, 2))
-    for ours, theirs in zip(metrics(two), metrics(one), strict=True):
+    for ours, theirs in zip(strict_rows(two), strict_rows(one), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-5)
     assert len(read_jsonl(two / "samples.jsonl")) == len(read_jsonl(one / "samples.jsonl"))

@@ -11,7 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, adapter_weights, perturb, read_jsonl, same_weights, shared_or_skip, write_jsonl
+from conftest import (
+    ROOT,
+    adapter_weights,
+    perturb,
+    read_jsonl,
+    record,
+    same_weights,
+    shared_or_skip,
+    strict_rows,
+    write_jsonl,
+)
 from conftest import write_reward_run as write_reward
 from test_runs import ADAPTER_FILES, RUN_FILES, Killed, assert_same_gradients, check_report, die_at
 from torch import Tensor
@@ -48,28 +58,6 @@ def silent(prompts, responses, **columns):
     """Knows nothing about the three held-out responses."""
     return [None if len(responses) == 3 else float(len(r) % 2) for r in responses]
 '''
-
-
-def strict(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
-    """Rows of a .jsonl file, which must be strict JSON."""
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no JSON")
-
-    return [json.loads(line, parse_constant=refuse) for line in (folder / name).read_text().splitlines()]
-
-
-def record(patch: pytest.MonkeyPatch, name: str) -> list[tuple[tuple, Any]]:
-    """(arguments, result) of each call of grpo.<name> from now on."""
-    original, seen = getattr(grpo, name), []
-
-    def recorded(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
-        seen.append((args, result))
-        return result
-
-    patch.setattr(grpo, name, recorded)
-    return seen
 
 
 @pytest.fixture(scope="session")
@@ -120,15 +108,15 @@ def test_a_run_writes_what_it_says(run: Run, reward_run: Path, capsys: pytest.Ca
     folder = run(plot=True, eval_every=1, save_every=1, gold_fn="rare", rewards=rewards)
     assert {p.name for p in folder.iterdir()} >= ADAPTER_FILES | RUN_FILES
     assert not list(folder.rglob("*.tmp")) and (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
-    rows = strict(folder)
+    rows = strict_rows(folder)
     assert [row["step"] for row in rows] == [0, 1]
     named = {f"{name}/{what}" for name in ("share", "reward") for what in ("mean", "sd", "flat")}
     judged = {"gold", "heldout_score", "heldout_gold", "heldout_kl"}
     assert all(row.keys() == KEYS | named | judged and all(map(math.isfinite, row.values())) for row in rows)
     assert abs(rows[0]["kl"]) < 1e-4 < abs(rows[1]["kl"]) and all(row["entropy"] > 0 for row in rows)
-    timing = strict(folder, "timing.jsonl")
+    timing = strict_rows(folder, "timing.jsonl")
     assert all({"step", "seconds", "rollout_seconds", "tokens_per_second", "peak_bytes"} <= t.keys() for t in timing)
-    samples, special = strict(folder, "samples.jsonl"), AutoTokenizer.from_pretrained(folder).all_special_tokens
+    samples, special = strict_rows(folder, "samples.jsonl"), AutoTokenizer.from_pretrained(folder).all_special_tokens
     keys = {"id", "prompt", "response", "model", "finish_reason", "tokens", "score", "gold"}
     assert [row["model"] for row in samples] == ["sft"] * 3 + ["grpo"] * 3 and all(r.keys() == keys for r in samples)
     assert [row["prompt"] for row in samples[:3]] == [row["prompt"] for row in samples[3:]]
@@ -177,14 +165,14 @@ def test_a_run_is_a_function_of_its_seed(method: str, run: Run, tmp_path: Path) 
     )
     for name in ("metrics.jsonl", "samples.jsonl", "report.json", "adapter_model.safetensors"):
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
-    assert not same_weights(first, other) and strict(first) != strict(other)
+    assert not same_weights(first, other) and strict_rows(first) != strict_rows(other)
 
 
 @pytest.mark.slow
 def test_a_gold_function_does_not_train(run: Run, tmp_path: Path) -> None:
     """--gold_fn adds figures and a gate; the weights are those of a run without."""
     judged, plain = run(gold_fn="constant"), run(output_dir=str(tmp_path / "plain"))
-    assert same_weights(judged, plain) and strict(judged)[0]["gold"] == pytest.approx(0.1)
+    assert same_weights(judged, plain) and strict_rows(judged)[0]["gold"] == pytest.approx(0.1)
     check_report(judged, "grpo", GATES | {"gold_low"})
     check_report(plain, "grpo", GATES)
 
@@ -244,7 +232,7 @@ def first_step(run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple
             patch.setattr(grpo, "role_logprobs", older)
             patch.setattr(grpo, "preflight", lambda *_: [])
             folder = run(**{"max_steps": 1, "entropy_coef": 0.01, "kl_coef": 0.5, **flags})
-        row = strict(folder)[0]
+        row = strict_rows(folder)[0]
         return found, {k: v for k, v in row.items() if not k.startswith("heldout") and k != "tokens_saved"}
 
     return start
@@ -306,7 +294,9 @@ def test_tokens_saved_is_the_layouts(run: Run, monkeypatch: pytest.MonkeyPatch, 
     saved = []
     for shared in (True, False):
         monkeypatch.setattr(grpo, "share_prompts", lambda groups, config, shared=shared: shared)
-        saved.append([row["tokens_saved"] for row in strict(run(output_dir=str(tmp_path / str(shared)), max_steps=1))])
+        saved.append(
+            [row["tokens_saved"] for row in strict_rows(run(output_dir=str(tmp_path / str(shared)), max_steps=1))]
+        )
     assert saved[0][0] > 0.1 and saved[1] == [0]
 
 
@@ -335,7 +325,7 @@ def test_every_method_runs_with_every_extra(method: str, run: Run, sft_run: Path
     flags: dict[str, Any] = {"mask_truncated": True, "overlong_buffer": 0.5, "entropy_coef": 0.01, "reward_fn": "rare"}
     flags |= {"sync_ref_every": int(grpo.METHODS[method].kl != "none")}
     folder = run(method=method, mu=2, **flags)
-    rows = strict(folder)
+    rows = strict_rows(folder)
     assert len(rows) == 2 and all(math.isfinite(value) for row in rows for value in row.values())
     assert all(0 < row["eos_rate"] < 1 and row["approx_kl"] > 0 for row in rows) and not same_weights(folder, sft_run)
     assert (max(row["refilled"] for row in rows) > 0) == (method == "dapo")
@@ -351,7 +341,7 @@ def test_equal_rewards_move_nothing(method: str, run: Run, sft_run: Path) -> Non
     """0.1 for every response, no KL penalty: the weights stay to the bit, all groups are flat, metrics are finite."""
     folder = run(method=method, reward_fn="constant", kl="none", overlong_buffer=0.0, mu=2, max_steps=1)
     assert same_weights(folder, sft_run)
-    for row in strict(folder):
+    for row in strict_rows(folder):
         assert all(map(math.isfinite, row.values())) and row["grad_norm"] == 0 and row["flat"] == 1
         assert row["constant/flat"] == 1 and row["constant/sd"] == pytest.approx(0, abs=1e-6)
 
@@ -372,15 +362,15 @@ def test_a_batch_of_truncated_responses_moves_nothing(
 
     monkeypatch.setattr(grpo, "roll_out", endless)
     folder = run(method=method, mask_truncated=True, max_steps=1)
-    (row,) = strict(folder)
+    (row,) = strict_rows(folder)
     assert row["eos_rate"] == 0 and row["grad_norm"] == 0 and {"policy_loss", "approx_kl", "entropy"} <= row.keys()
     assert same_weights(folder, sft_run)
 
 
 def test_a_following_reference_and_a_fixed_judge(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """--sync_ref_every 2: rollouts start at KL 0 every second step; the held-out KL is that to the start."""
-    copies = record(monkeypatch, "copy_adapter")
-    rows = strict(run(sync_ref_every=2, max_steps=4, eval_every=1))
+    copies = record(monkeypatch, grpo, "copy_adapter")
+    rows = strict_rows(run(sync_ref_every=2, max_steps=4, eval_every=1))
     assert [abs(row["kl"]) < 1e-4 for row in rows] == [True, False, True, False]
     assert [arguments[1:] for arguments, _ in copies] == [("policy", "reference")] * 2
     assert all(abs(row["heldout_kl"]) > 1e-3 for row in rows)
@@ -389,8 +379,8 @@ def test_a_following_reference_and_a_fixed_judge(run: Run, monkeypatch: pytest.M
 @pytest.mark.parametrize("sync", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_bare_base_is_its_own_reference(sync: int, run: Run, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """--model without an adapter: a new one is trained, the reference is the base until it follows."""
-    loaded = record(monkeypatch, "load_group_roles")
-    rows = strict(run(model=str(base), lora_r=4, sync_ref_every=sync, max_steps=3))
+    loaded = record(monkeypatch, grpo, "load_group_roles")
+    rows = strict_rows(run(model=str(base), lora_r=4, sync_ref_every=sync, max_steps=3))
     ((_, (model, *_)),) = loaded
     assert set(model.peft_config) == ({"policy", "reference"} if sync else {"policy"})
     assert [abs(row["kl"]) < 1e-4 for row in rows] == [True, False, bool(sync)]
@@ -402,7 +392,7 @@ def test_less_precision_trains(flags: dict, run: Run, sft_run: Path, monkeypatch
     """On CPU: layers of the kind asked for, a green preflight, two steps of finite metrics, float32 adapters."""
     import bitsandbytes
 
-    loaded = record(monkeypatch, "load_group_roles")
+    loaded = record(monkeypatch, grpo, "load_group_roles")
     folder = run(**flags)
     ((_, (model, *_)),) = loaded
     layers = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
@@ -410,7 +400,7 @@ def test_less_precision_trains(flags: dict, run: Run, sft_run: Path, monkeypatch
     assert model.get_base_model().get_input_embeddings().weight.dtype == torch.bfloat16
     gates = {g["name"]: g for g in json.loads((folder / "report.json").read_text())["gates"]}
     assert all(gates[name]["passed"] for name in ("kl_step0", "ratio_step0", "sampler_agreement"))
-    rows = strict(folder)
+    rows = strict_rows(folder)
     assert len(rows) == 2 and all(math.isfinite(value) for row in rows for value in row.values())
     assert not same_weights(folder, sft_run)
     assert all(array.dtype == np.float32 for array in adapter_weights(folder).values())
@@ -422,8 +412,8 @@ def test_table_and_total_by_hand(run: Run, reward_run: Path, base: Path, monkeyp
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification
 
-    tables, advantages = record(monkeypatch, "reward_table"), record(monkeypatch, "response_advantages")
-    row = strict(run(rewards=["share=2", f"{reward_run}=0.5", "short=-3"], max_steps=1, kl="none"))[0]
+    tables, advantages = record(monkeypatch, grpo, "reward_table"), record(monkeypatch, grpo, "response_advantages")
+    row = strict_rows(run(rewards=["share=2", f"{reward_run}=0.5", "short=-3"], max_steps=1, kl="none"))[0]
     plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
     plain = PeftModel.from_pretrained(plain, str(reward_run)).eval()
     (rollout, *_), table = next(call for call in tables if len(call[0][0].texts) == 16)
@@ -451,7 +441,7 @@ def test_table_and_total_by_hand(run: Run, reward_run: Path, base: Path, monkeyp
 
 def test_unknown_rewards_leave_the_response_out(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """The only reward is None: advantage 0, no part in the group's mean; the others' is as if it had not been there."""
-    seen = record(monkeypatch, "response_advantages")
+    seen = record(monkeypatch, grpo, "response_advantages")
     run(reward_fn="short", advantage="group_mean", kl="none", max_steps=1)
     ((returns, *_), advantages) = seen[0]
     unknown = returns[:, 0].isnan().numpy()
@@ -464,7 +454,7 @@ def test_unknown_rewards_leave_the_response_out(run: Run, monkeypatch: pytest.Mo
 
 def test_penalties_by_hand(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """missing_eos_penalty 2 and an overlong buffer of half of 10 tokens: from 5 tokens on, 0.2 for each more."""
-    seen = record(monkeypatch, "penalised_rewards")
+    seen = record(monkeypatch, grpo, "penalised_rewards")
     run(reward_fn="constant", missing_eos_penalty=2.0, overlong_buffer=0.5, batch_size=48, max_steps=1)
     ((_, rollout, *_), totals) = seen[0]
     lengths = [len(y) for y in rollout.responses]
@@ -478,7 +468,7 @@ def test_rewards_of_one_name_stay_apart(run: Run, functions: str, tmp_path: Path
     """Two functions of the same name in two files: the second one is logged by its source."""
     (tmp_path / "other.py").write_text("def share(prompts, responses, **c):\n    return [3.0] * len(responses)")
     second = f"{tmp_path / 'other.py'}:share"
-    row = strict(run(rewards=["share", f"{second}=0.5"], max_steps=1))[0]
+    row = strict_rows(run(rewards=["share", f"{second}=0.5"], max_steps=1))[0]
     assert row[f"{second}/mean"] == 3 and row["score"] == pytest.approx(row["share/mean"] + 1.5, abs=1e-6)
 
 
@@ -576,8 +566,12 @@ def shipped(spec: str) -> Callable:
         (r"\boxed{a{b}c} 4", "None"), ("#### about 12 of 20", "12"), ("about 12 of 20", "20"), ("1,23", "23"),
         ("It is 2.", "2"), ("(4)-1", "1"), ("4 - 1", "1"), ("####\n8", "8"), ("1,234,567.25", "4938269/4"),
         ("[-2]", "-2"), ("0/5", "0"), ("-0.0", "0"),
-        pytest.param(r"\boxed{\frac12}", "1/2", marks=pytest.mark.xfail(reason=r"\frac12 is read as 12", strict=True)),
-        pytest.param("#### 3 1/2", "7/2", marks=pytest.mark.xfail(reason="mixed numbers: the 3 alone", strict=True)),
+        (r"\boxed{\frac12}", "1/2"),
+        (r"\boxed{\dfrac 1{12}}", "1/12"),
+        ("#### 3 1/2", "7/2"),
+        (r"\boxed{-3\frac{1}{2}}", "-7/2"),
+        ("1 2 / 4", "3/2"),
+        ("of 10 and 3/4 the second", "3/4"),
     ],
 )  # fmt: skip
 def test_more_numbers(text: str, value: str) -> None:
@@ -641,7 +635,7 @@ def test_gsm8k_trains_for_a_few_steps(run: Run, tmp_path: Path) -> None:
     flags = {"dataset": str(write_jsonl(tmp_path / "gsm8k.jsonl", rows)), "chat_template": "plain", "lora_r": 4}
     rewards = [f"{ROOT}/rewards/math.py:numeric", f"{ROOT}/rewards/text.py:brevity=0.1"]
     folder = run(model=str(model), rewards=rewards, max_response_length=16, max_steps=3, **flags)
-    table = strict(folder)
+    table = strict_rows(folder)
     assert len(table) == 3 and all(math.isfinite(value) for row in table for value in row.values())
     for row in table:
         assert 0 <= row["numeric/mean"] < 0.5 and row["brevity/mean"] < 0 and row["grad_norm"] > 0
@@ -738,7 +732,7 @@ def test_a_run_resumes_bit_for_bit(
         assert (resumed / file).read_bytes() == (done / file).read_bytes(), file
     assert len(read_jsonl(resumed / "timing.jsonl")) == 3
     if name == "dapo":
-        assert sum(row["refilled"] for row in strict(done)) > 0
+        assert sum(row["refilled"] for row in strict_rows(done)) > 0
 
 
 def test_resume_refuses_other_settings(run: Run) -> None:

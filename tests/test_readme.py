@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from test_same_code import SCRIPTS, code_lines, own_lines
 
 import dpo
 import grpo
@@ -48,6 +49,13 @@ def test_named_functions_exist() -> None:
         source = (ROOT / script).read_text()
         for name in re.findall(r"`(\w+)`", names):
             assert f"\ndef {name}(" in source, f"{script} has no {name}"
+
+
+def test_the_sizes_are_those_of_the_files() -> None:
+    """README's code lines, and those that no other script repeats."""
+    rows = re.findall(r"^\| \[(\w+)\.py\]\(\w+\.py\) \|.*\| (\d+) \((\d+)\) \|$", READMES[0].read_text(), re.M)
+    found = {name: (int(size), int(own)) for name, size, own in rows}
+    assert found == {path.stem: (code_lines(path.read_text()), own_lines(path)) for path in SCRIPTS}
 
 
 def test_the_table_of_losses_is_that_of_the_code() -> None:

@@ -64,6 +64,15 @@ def code_lines(source: str) -> int:
     return len(held - doc)
 
 
+def own_lines(script: Path) -> int:
+    """Code lines of what no other script repeats."""
+    source = script.read_text(encoding="utf-8")
+    others = [definitions(path.read_text(encoding="utf-8")) for path in SCRIPTS if path != script]
+    mine = {name: text for name, text in definitions(source).items() if name not in MAY_DIFFER}
+    repeated = sum(code_lines(text) for name, text in mine.items() if any(name in other for other in others))
+    return code_lines(source) - repeated
+
+
 def nesting(node: ast.AST) -> int:
     """How deep blocks lie in each other inside a function; an `elif` is no deeper than its `if`."""
     blocks = ast.For | ast.While | ast.If | ast.With | ast.Try | ast.FunctionDef
@@ -205,13 +214,10 @@ def test_sizes(script: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Prints the code lines against DESIGN's aim, and how many are the stage's own; `main` nests at most 4 deep."""
     source = script.read_text(encoding="utf-8")
     main = next(n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == "main")
-    others = [definitions(path.read_text(encoding="utf-8")) for path in SCRIPTS if path != script]
-    mine = {name: text for name, text in definitions(source).items() if name not in MAY_DIFFER}
-    repeated = sum(code_lines(text) for name, text in mine.items() if any(name in other for other in others))
     length, size = code_lines("\n".join(source.splitlines()[main.lineno - 1 : main.end_lineno])), code_lines(source)
     with capsys.disabled():
         print(
-            f" {script.name}: {size} code lines (aim {AIMS[script.stem]}), {size - repeated} of them its own; "
+            f" {script.name}: {size} code lines (aim {AIMS[script.stem]}), {own_lines(script)} of them its own; "
             f"main {length}, nested {nesting(main)}"
         )
     assert nesting(main) <= 4
