@@ -2432,13 +2432,13 @@ def main(args: Args) -> None:
         metrics |= {"grad_norm": norms[0], "learning_rate": learning_rate}
         if args.sync_ref_every and (step + 1) % args.sync_ref_every == 0:
             copy_adapter(model, "policy", "reference")
+        seconds = time.time() - start
 
         # 5. Log, evaluate, save
         if step + 1 == total_steps or (args.eval_every and (step + 1) % args.eval_every == 0):
             after, answers_after = outcome = judge()
             metrics |= {f"heldout_{name}": after[name] for name in ("loss", "accuracy", "margin") if name in after}
             metrics |= {f"heldout_{n}": interval(answers_after[n])[0] for n in ("gold", "kl") if n in answers_after}
-        seconds = time.time() - start
         timing = {"seconds": seconds, "examples_per_second": n_examples / seconds,
                   "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else 0}  # fmt: skip
         log_step(folder, metrics, timing, accelerator)

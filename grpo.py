@@ -1945,6 +1945,7 @@ def main(args: Args) -> None:
             updates.append([*global_sums(accelerator, *sums), norm])
         if args.sync_ref_every and (step + 1) % args.sync_ref_every == 0:
             copy_adapter(model, "policy", "reference")
+        seconds = time.time() - start
 
         # 5. Log, evaluate, save
         golds = call_function(gold, str(args.gold_fn), rollout.prompts, rollout.texts) if gold else None
@@ -1962,7 +1963,6 @@ def main(args: Args) -> None:
             with holding(reference, start_reference):
                 after = judge_policy(model, tokenizer, "policy", heldout, rewards, gold, stop_ids, args)
             metrics |= {f"heldout_{n}": interval(after[n])[0] for n in ("score", "gold", "kl") if n in after}
-        seconds = time.time() - start
         timing = {"seconds": seconds, "rollout_seconds": sampled - start, "score_seconds": scored - sampled,
                   "tokens_per_second": means["response_length"] * args.batch_size / seconds,
                   "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else 0}  # fmt: skip

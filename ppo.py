@@ -1679,6 +1679,7 @@ def main(args: Args) -> None:
             value_loss = critic_backward(model, critic_head, minibatch, old_values, returns, n_tokens, args)
             critic_norm = update(critic_optimizer, critic_rate, args.max_grad_norm, accelerator)
             updates.append([*policy, *global_sums(accelerator, value_loss), norm, critic_norm])
+        seconds = time.time() - start
 
         # 5. Log, adapt the KL coefficient, evaluate, save
         golds = call_function(gold, str(args.gold_fn), rollout.prompts, rollout.texts) if gold else None
@@ -1700,7 +1701,6 @@ def main(args: Args) -> None:
             metrics |= {
                 f"heldout_{name}": interval(after[name])[0] for name in ("score", "gold", "kl") if name in after
             }
-        seconds = time.time() - start
         timing = {"seconds": seconds, "rollout_seconds": sampled - start, "score_seconds": scored - sampled,
                   "tokens_per_second": means["response_length"] * args.batch_size / seconds,
                   "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else 0}  # fmt: skip

@@ -1173,10 +1173,10 @@ def main(args: Args) -> None:
         correlation = 2 * covariance / math.sqrt(squares * lengths_2) if squares * lengths_2 > 0 else 0.0
         metrics = {"step": step, "loss": loss_sum, "accuracy": won, "margin": margin, "length_correlation": correlation}
         metrics |= {"grad_norm": grad_norm, "learning_rate": learning_rate, "shared_rows": n_shared / n_micro}
+        seconds, tokens = time.time() - start, sum(group_tokens(e["group"]) for e in batch)
         if heldout and args.eval_every and (step + 1) % args.eval_every == 0:
             rows = scored_pairs(model, head, heldout, 0.0, args.micro_batch_size, pad_id)
             metrics["heldout_accuracy"] = share_won(rows, "score")
-        seconds, tokens = time.time() - start, sum(group_tokens(e["group"]) for e in batch)
         peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
         timing = {"seconds": seconds, "tokens_per_second": tokens / seconds, "peak_bytes": peak}
         log_step(folder, metrics, timing, accelerator)

@@ -1032,10 +1032,9 @@ def main(args: Args) -> None:
         loss_sum, entropy_sum = global_sums(accelerator, loss_sum, entropy_sum)
         metrics = {"step": step, "loss": loss_sum, "entropy": entropy_sum, "tokens": int(n_tokens)}
         metrics |= {"grad_norm": grad_norm, "learning_rate": learning_rate}
-        last = step + 1 == total_steps
+        seconds, last = time.time() - start, step + 1 == total_steps
         if heldout and (last or (args.eval_every and (step + 1) % args.eval_every == 0)):
             metrics["heldout_loss"] = heldout_loss(model, heldout, args, tokenizer.pad_token_id, accelerator)
-        seconds = time.time() - start
         peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
         timing = {
             "seconds": seconds,
