@@ -200,7 +200,7 @@ class Args:
     kl: Penalty | None = arg(None, "KL penalty: k1 in the reward, k2 or importance-corrected k3 in the loss")
     kl_coef: float = arg(0.04, "weight of the KL penalty towards the reference")
     entropy_coef: float = arg(0.0, "weight of the entropy bonus")
-    mu: int = arg(1, "updates on each rollout, all of it every time")
+    mu: int = arg(1, "updates on each rollout, all of it every time; 1: every ratio is 1, so clipping has no effect")
     sync_ref_every: int = arg(0, "the reference becomes the policy every so many steps; 0: never")
     # optimisation
     learning_rate: float = arg(1e-3, "peak learning rate; for LoRA on 7B: sft 2e-4, reward 1e-4, dpo 1e-5, RL 2e-5")
@@ -1334,7 +1334,7 @@ def load_rewards(args: Any, model: Any, base: str, tokenizer: Any, device: Any) 
     found: list[Reward] = []
     score: Any
     for text in args.rewards or [source for source in (args.reward_fn, args.reward_model) if source]:
-        source, _, weight = text.partition("=")
+        source, _, weight = text.rpartition("=") if args.rewards and "=" in text else (text, "", "")
         try:
             factor = float(weight or 1)
         except ValueError as error:
@@ -1353,7 +1353,12 @@ def load_rewards(args: Any, model: Any, base: str, tokenizer: Any, device: Any) 
 
 def reward_table(rollout: Rollout, rewards: list[Reward], args: Any) -> Tensor:
     """(B, F): each response's value of each reward, unweighted; NaN where a function returned None."""
+    # score_responses names args.reward_fn in its errors
     scored = [score_responses(rollout, reward.score, replace(args, reward_fn=reward.source)) for reward in rewards]
+    for reward, column in zip(rewards, scored, strict=True):
+        if isinstance(reward.score, RewardModel) and not column.isfinite().all():
+            i = int((~column.isfinite()).nonzero()[0])
+            raise UserError(f"{reward.source}: score {column[i]} for the response {rollout.texts[i]!r:.60}")
     return torch.stack(scored, 1)
 
 
@@ -1382,7 +1387,7 @@ def flat_groups(rewards: Tensor, samples_per_prompt: int) -> Tensor:
     >>> flat_groups(torch.tensor([1.0, 0.0, 2.0, 2.0]), 2)
     tensor([False,  True])
     """
-    groups = rewards.view(-1, samples_per_prompt)
+    groups = rewards.double().view(-1, samples_per_prompt)  # in float64 the mean of equal float32 numbers is exact
     return (groups - groups.nanmean(1, keepdim=True)).nan_to_num().abs().amax(1) < 1e-6
 
 
@@ -1393,8 +1398,8 @@ def reward_metrics(table: Tensor, rewards: list[Reward], samples: int, accelerat
         flat, known = flat_groups(column, samples), ~column.isnan()
         sums = [known.sum(), column.nansum(), (column**2).nansum(), flat.sum(), len(flat)]
         n, first, second, n_flat, n_groups = global_sums(accelerator, *(float(x) for x in sums))
-        mean = first / max(n, 1)
-        sd = math.sqrt(max(second / max(n, 1) - mean**2, 0))
+        mean = first / n if n else math.nan  # of no known value: not written
+        sd = math.sqrt(max(second / n - mean**2, 0)) if n else math.nan
         metrics |= {f"{reward.name}/mean": mean, f"{reward.name}/sd": sd, f"{reward.name}/flat": n_flat / n_groups}
     return metrics
 
@@ -1823,10 +1828,15 @@ def settle_method(args: Args, world: int) -> None:
     for name in positive.split():
         if getattr(args, name) <= 0:
             raise UserError(f"--{name} {getattr(args, name)}: must be above 0")
+    for name in "max_refills sync_ref_every clip_low clip_high kl_coef".split():
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name} {getattr(args, name)}: must not be below 0")
     if not 0 <= (args.overlong_buffer or 0) <= 1:
         raise UserError(f"--overlong_buffer {args.overlong_buffer}: a share of --max_response_length, from 0 to 1")
     if args.sync_ref_every and args.kl == "none":
         raise UserError(f"--sync_ref_every: --method {args.method} has no reference unless --kl k1, k2 or k3 is given")
+    if args.max_refills and args.advantage in ("batch_mean", "whiten", "greedy"):
+        raise UserError(f"--max_refills: to --advantage {args.advantage} a group of equal rewards is a signal")
     if args.lora_r == 0:
         raise UserError("--lora_r 0: RL trains LoRA adapters only; use a rank of at least 1")
     g = args.samples_per_prompt
@@ -1909,7 +1919,8 @@ def main(args: Args) -> None:
         if step == first_step:
             print(f"rows: {tokens_saved(rollout):.0%} fewer tokens than with one padded row per response")
         scores, sampled = penalised_rewards(table, rollout, rewards, args), time.time()
-        if scores.isnan().all():
+        (n_known,) = global_sums(accelerator, (~scores.isnan()).sum().item())
+        if not n_known:
             raise UserError(f"{', '.join(reward.source for reward in rewards)} returned None for every response")
 
         # 2. log pi_ref at every token; log pi_old only where it is part of the reward: the first update computes it too
@@ -1952,7 +1963,7 @@ def main(args: Args) -> None:
         total = total_rewards(table, [reward.weight for reward in rewards])
         flat, n_refilled = global_sums(accelerator, flat_groups(total, g).sum().item(), refilled)
         assert old_logprobs is not None
-        means = batch_means(rollout, scores, old_logprobs - ref_logprobs, golds, accelerator)
+        means = batch_means(rollout, total, old_logprobs - ref_logprobs, golds, accelerator)
         names = ("policy_loss", "clip_fraction", "approx_kl", "entropy", "grad_norm")
         metrics = {
             "step": step, **means, **reward_metrics(table, rewards, g, accelerator), "flat": flat / n_prompts,
@@ -1963,7 +1974,7 @@ def main(args: Args) -> None:
             with holding(reference, start_reference):
                 after = judge_policy(model, tokenizer, "policy", heldout, rewards, gold, stop_ids, args)
             metrics |= {f"heldout_{n}": interval(after[n])[0] for n in ("score", "gold", "kl") if n in after}
-        timing = {"seconds": seconds, "rollout_seconds": sampled - start, "score_seconds": scored - sampled,
+        timing = {"seconds": seconds, "rollout_seconds": sampled - start, "reference_seconds": scored - sampled,
                   "tokens_per_second": means["response_length"] * args.batch_size / seconds,
                   "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else 0}  # fmt: skip
         log_step(folder, metrics, timing, accelerator)

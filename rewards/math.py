@@ -59,9 +59,9 @@ def number(text: str) -> Fraction | None:
     answer = re.sub(r"(?<=\d)\s*(?=\\[dt]?frac)", " ", answer)
     answer = re.sub(rf"\\[dt]?frac{part}{part}", r"\1\2/\3\4", answer)
     found = NUMBER.findall(answer)
-    if not found:
+    if not found or len(text := found[0] if marked else found[-1]) > 1000:  # int() refuses 4300 digits
         return None
-    *whole, last = re.sub(r"\s*/\s*", "/", re.sub(r"[$,]", "", found[0] if marked else found[-1])).split()
+    *whole, last = re.sub(r"\s*/\s*", "/", re.sub(r"[$,]", "", text)).split()
     top, _, bottom = last.partition("/")
     value = Fraction(top) / Fraction(bottom) if bottom and Fraction(bottom) else Fraction(top)
     return Fraction(whole[0]) + (-value if whole[0].startswith("-") else value) if whole else value
@@ -87,4 +87,4 @@ def exact(prompts: list, responses: list[str], answer: list, **columns: Any) -> 
     def plain(text: Any) -> str:
         return " ".join(final_answer(str(text))[0].casefold().split()).rstrip(".")
 
-    return [float(plain(y) == plain(a)) for y, a in zip(responses, answer, strict=True)]
+    return [None if a is None else float(plain(y) == plain(a)) for y, a in zip(responses, answer, strict=True)]

@@ -1,5 +1,6 @@
 """grpo.py: its maths by hand, by exact enumeration and against TRL's losses; rewards, rows and refilling in runs."""
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -391,6 +392,52 @@ def test_numeric_on_gsm8k() -> None:
 
 
 # ------------------------------------------------------------------------------------------- rollouts and whole runs
+def test_greedy_rewards_are_of_each_prompt_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One greedy response per prompt, its penalties included, repeated for the prompt's samples."""
+    asked = []
+
+    def roll_out(
+        model: Any, tokenizer: Any, prompts: list, names: list, samples: int, stops: list, args: Any, key: Any
+    ):
+        asked.append((prompts, samples, args.temperature))
+        return SimpleNamespace(ended=doubles([1.0, 0.0]))
+
+    monkeypatch.setattr(grpo, "roll_out", roll_out)
+    monkeypatch.setattr(grpo, "reward_table", lambda *given: doubles([3.0], [5.0]))
+    args = settled(method="remax", samples_per_prompt=2, batch_size=4, missing_eos_penalty=2.0)
+    rollout: Any = SimpleNamespace(prompts=["a", "a", "b", "b"])
+    rewards = [grpo.Reward("r", 1.0, "r", len)]
+    model: Any = None
+    assert grpo.greedy_rewards(model, None, rollout, rewards, [], args).tolist() == [3.0, 3.0]
+    assert asked == [(["a", "b"], 1, grpo.GREEDY)]
+
+
+def test_whitening_leaves_unknown_rewards_out() -> None:
+    """Three known tokens 1, 1, 3: mean 5/3, sd sqrt(8/9); the unknown response and the masked token have 0."""
+    args = settled(method="reinforce_pp", samples_per_prompt=1, batch_size=3)
+    returns, mask = doubles([1.0, 1.0], [NAN, NAN], [3.0, 3.0]), torch.tensor([[1, 1], [1, 1], [1, 0]])
+    got = grpo.response_advantages(returns, mask, None, lambda x: x, args)
+    assert got.flatten().tolist() == pytest.approx([-(0.5**0.5)] * 2 + [0, 0, 2**0.5, 0])
+
+
+@pytest.mark.parametrize("value", [20.3, 100.1, -29.8, 1000.1])
+def test_equal_rewards_are_flat_in_any_unit(value: float) -> None:
+    """The float32 mean of equal numbers is not always that number."""
+    assert all(grpo.flat_groups(torch.full((g,), value), g).item() for g in range(2, 17))
+
+
+def test_clip_fraction_counts_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ratios 0.5, 1.5 and 1.1 with clip range 0.2: two of three."""
+    logprobs = torch.log(torch.tensor([[0.5, 1.5, 1.1]])).requires_grad_()
+    monkeypatch.setattr(grpo, "response_logprobs", lambda *given: (logprobs, torch.zeros(1, 3)))
+    monkeypatch.setattr(grpo, "role", lambda *given, **named: contextlib.nullcontext())
+    rollout: Any = SimpleNamespace(batches=lambda: [([0], None)])
+    args, zeros = settled(method="dr_grpo", samples_per_prompt=2, batch_size=2), torch.zeros(1, 3)
+    model: Any = None
+    _, sums = grpo.group_backward(model, rollout, torch.ones(1, 3), zeros, zeros, torch.ones(1, 3), 3.0, args)
+    assert sums[1] == pytest.approx(2 / 3)
+
+
 def some_signal(folder: Path) -> Path:
     """A file with the reward function `some`: 0 for half of the prompts, whatever the response."""
     file = folder / "signal.py"

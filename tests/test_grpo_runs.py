@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import (
+    CPU,
     ROOT,
     adapter_weights,
     perturb,
@@ -579,6 +581,13 @@ def test_more_numbers(text: str, value: str) -> None:
     assert str(shipped("math.py:number")(text)) == value
 
 
+def test_endless_digits_and_missing_answers_are_no_crash() -> None:
+    """A degenerate response is wrong, not an exception; a row without an answer has no reward."""
+    numeric, exact = shipped("math.py:numeric"), shipped("math.py:exact")
+    assert numeric(["?"] * 2, ["1" * 5000, "0." + "3" * 5000], answer=["5", "5"]) == [0.0, 0.0]
+    assert exact(["?"], ["none"], answer=[None]) == [None]
+
+
 def test_numeric_compares_exactly() -> None:
     """One half in five forms; 0.333 is not a third; unknown answers leave the row out."""
     numeric = shipped("math.py:numeric")
@@ -753,3 +762,82 @@ def test_a_checkpoint_holds_what_must_survive(run: Run) -> None:
         pairs = zip(state["parameters"][:n], state["parameters"][n:], strict=True)
         assert all(torch.equal(a, b) for a, b in pairs) == equal
     assert late["step"] == 3 and late["gates"][0][0] == "kl_step0" and late["optimizer"]["state"]
+
+
+# ------------------------------------------------------------------------------------------------- what main hands on
+@pytest.fixture
+def collecting(sft_run: Path, world: Path, functions: str) -> Callable:
+    """collecting(*reward names, **flags) -> (collect() of one batch of 4 x 4 responses, tokenizer, stop_ids)."""
+
+    def load(*names: str, **flags: Any) -> tuple[Callable, Any, list[int]]:
+        rewards = [f"{functions}:{name}" for name in names]
+        args = grpo.Args(
+            model=str(sft_run), dataset=str(world / "prompts.jsonl"), rewards=rewards, samples_per_prompt=4,
+            batch_size=16, max_response_length=10, dtype="float32", quant="none", eval_size=3, **flags,
+        )  # fmt: skip
+        grpo.settle_method(args, 1)
+        model, tokenizer, stop_ids, found, _ = grpo.load_group_roles(args, CPU)
+        prompts, _ = grpo.load_prompts(args, tokenizer)
+        one = Accelerator(cpu=True)
+        return lambda: grpo.collect(model, tokenizer, prompts, found, 0, one, stop_ids, args), tokenizer, stop_ids
+
+    return load
+
+
+def test_rounds_of_refills_never_repeat(collecting: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A constant reward refills all four groups three times: 16 different prompts, 16 different names of noise."""
+    collect, *_ = collecting("constant", max_refills=3)
+    calls = record(monkeypatch, grpo, "roll_out")
+    assert collect()[2] == 12
+    assert len({name for given, _ in calls for name in given[3]}) == 16
+    assert len({p["key"] for given, _ in calls for p in given[2]}) == 16
+
+
+def test_refills_go_by_the_total_and_bring_everything(collecting: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups are replaced where the weighted sum is flat; texts, ends and rewards are those of the new responses."""
+    collect, tokenizer, stop_ids = collecting("constant", "rare", max_refills=1)
+    calls = record(monkeypatch, grpo, "reward_table")
+    rollout, table, n = collect()
+    assert n == grpo.flat_groups(grpo.total_rewards(calls[0][1], [1.0, 1.0]), 4).sum() and 0 < n < 4
+    assert rollout.texts == tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)
+    assert rollout.ended.tolist() == [float(y[-1] in stop_ids) for y in rollout.responses]
+    rare = calls[0][0][1][1].score
+    assert table[:, 1].tolist() == rare([p["prompt"] for p in rollout.prompts], rollout.texts)
+
+
+def test_main_hands_on_the_mask(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--mask_truncated: the loss, its denominator and the whitening leave out responses that did not end."""
+    updates, whitened = record(monkeypatch, grpo, "group_backward"), record(monkeypatch, grpo, "response_advantages")
+    run(method="reinforce_pp", mask_truncated=True, mu=3, max_steps=1)
+    _, rollout, mask, *_ = updates[0][0]
+    assert 0 < rollout.ended.sum() < 16
+    assert torch.equal(mask, rollout.mask * rollout.ended.long()[:, None]) and torch.equal(whitened[0][0][1], mask)
+    assert all(given[6] == mask.sum() for given, _ in updates)
+
+
+def test_heldout_score_is_the_weighted_sum(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--rewards a=2 b=-3."""
+    judged = record(monkeypatch, grpo, "judge_policy")
+    run(rewards=["share=2", "constant=-3"], max_steps=1)
+    assert judged
+    for _, result in judged:
+        assert result["score"] == pytest.approx(2 * result["reward share"] - 3 * result["reward constant"])
+
+
+def test_score_is_before_penalties(run: Run) -> None:
+    """As in ppo.py: a penalty for a missing end is not the reward model's."""
+    (row,) = strict_rows(run(method="dapo", missing_eos_penalty=2.0, max_steps=1, max_refills=0))
+    assert row["eos_rate"] < 1 and row["score"] == pytest.approx(row["share/mean"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"method": "reinforce", "max_refills": 3}, "is a signal"),
+        ({"sync_ref_every": -1}, "must not be below 0"),
+    ],
+)
+def test_flags_without_effect_are_refused(flags: dict, words: str) -> None:
+    """A flag that the method does not use, or that would harm it."""
+    with pytest.raises(grpo.UserError, match=words):
+        grpo.settle_method(grpo.Args(**flags), 1)
