@@ -56,7 +56,7 @@ from scipy.special import expit
 from statsmodels.stats.proportion import proportion_confint
 from transformers import HfArgumentParser
 
-DEFAULT = Path(__file__).resolve().parents[1] / "runs" / "judge" / "judgments.jsonl"
+DEFAULT = Path("runs/judge/judgments.jsonl")  # where judge.py writes, below the current folder
 FORMS = {  # form -> keys that every row has; the first form whose first key the first row has
     "scored pairs": ("chosen_score", "rejected_score"),
     "preferences": ("chosen", "rejected"),

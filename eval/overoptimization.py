@@ -49,7 +49,7 @@ import numpy as np
 from scipy import optimize, special, stats
 from transformers import HfArgumentParser
 
-RUN = Path(__file__).resolve().parents[1] / "runs" / "ppo"
+RUN = Path("runs/ppo")  # where ppo.py writes, below the current folder
 LEAST_STEPS = 5  # for a curve of three parameters
 
 

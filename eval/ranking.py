@@ -51,7 +51,7 @@ import statsmodels.api as sm
 from scipy import linalg, optimize, sparse, special
 from transformers import HfArgumentParser
 
-JUDGMENTS = Path(__file__).resolve().parents[1] / "runs" / "judge" / "judgments.jsonl"
+JUDGMENTS = Path("runs/judge/judgments.jsonl")  # where judge.py writes, below the current folder
 ELO = 400 / math.log(10)  # points per unit of log-odds
 MARKERS = {"above": ">", "below": "<", "unknown": "x", None: "o"}  # of a strength without a bound on that side
 ERRORS = ("iid", "clustered")

@@ -67,7 +67,7 @@ from statsmodels.stats.power import TTestPower
 from statsmodels.stats.proportion import proportion_confint
 from transformers import HfArgumentParser
 
-DEFAULT = Path(__file__).resolve().parents[1] / "runs" / "judge" / "judgments.jsonl"
+DEFAULT = Path("runs/judge/judgments.jsonl")  # where judge.py writes, below the current folder
 GAMED_WEIGHT = 0.1  # AlpacaEval's regulariser: 0.2 over its two gamed baselines
 SEPARATED = 15.0  # a fitted logit beyond this means that the likelihood has no maximum: the fit was on its way out
 OPTIONAL = ("error", "category", "prompt", "model_a", "model_b", "judge", "prompt_sha", "key")  # keys of a judgment
