@@ -1753,7 +1753,7 @@ def group_logprobs(model: Any, who: str, groups: list[Group], pad_id: int, args:
     costs = [len(ys) * (len(prompt) + max(map(len, ys))) for prompt, ys in groups]  # tokens of padded rows
     batches: list[list[int]] = []
     for g in order:
-        if not batches or (len(batches[-1]) + 1) * max(costs[k] for k in [*batches[-1], g]) > 2**14:
+        if not batches or (len(batches[-1]) + 1) * max(costs[k] for k in [*batches[-1], g]) > 2**12:
             batches.append([])
         batches[-1].append(g)
     result: list[list[Tensor]] = [[] for _ in groups]
@@ -1994,7 +1994,7 @@ def preference_pass(
                 logprobs, ref_logprobs, kl = logprobs_and_kl(model, batch.rows, ref_states, args.temperature)
                 batch = batch._replace(ref_logprobs=ref_logprobs)
             else:
-                logprobs, _ = response_logprobs(model, batch.rows, args.temperature)
+                logprobs = response_logprobs(model, batch.rows, args.temperature)[0]  # the entropy holds logits
             loss = preference_loss(logprobs, batch, kl, values, baseline, args)
             if grad:
                 (loss / n_prompts).backward()

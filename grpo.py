@@ -1676,6 +1676,8 @@ def group_backward(
     with role(model, "policy", grad=True):
         for numbers, rows in rollout.batches():
             logprobs, entropy = response_logprobs(model, rows, args.temperature)
+            if not args.entropy_coef:
+                entropy = entropy.detach()  # waiting for a gradient, it would keep every chunk's logits in memory
             old, kept = logprobs.detach() if old_logprobs is None else old_logprobs[numbers], mask[numbers]
             losses = token_losses(logprobs, old, ref_logprobs[numbers], advantages[numbers], kept, args)
             weights = token_weights(kept, args.aggregation, args.batch_size, n_tokens, args.max_response_length)

@@ -1397,6 +1397,8 @@ def policy_backward(
     with role(model, "policy", grad=True):
         for numbers, rows in minibatch:
             logprobs, entropy = response_logprobs(model, rows, args.temperature)
+            if not args.entropy_coef:
+                entropy = entropy.detach()  # waiting for a gradient, it would keep every chunk's logits in memory
             old, advantage = old_logprobs[numbers], advantages[numbers]
             if args.policy_loss == "clip":
                 loss = clipped_policy_loss(logprobs, old, advantage, args.clip_range)
@@ -1455,7 +1457,7 @@ def ptx_backward(
     with role(model, "policy", grad=True):
         for i in range(0, len(mine), args.micro_batch_size):
             groups = [(ids[:1], [ids[1:]]) for ids in mine[i : i + args.micro_batch_size]]
-            logprobs, _ = response_logprobs(model, lay_out(groups, False, pad_id, model.device))
+            logprobs = response_logprobs(model, lay_out(groups, False, pad_id, model.device))[0]
             (-args.ptx_coef * logprobs.sum() / n_tokens).backward()
 
 

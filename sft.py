@@ -1022,6 +1022,7 @@ def main(args: Args) -> None:
         loss_sum = entropy_sum = 0.0
         for rows in pack_examples(mine, args.packing, args.micro_batch_size, tokenizer.pad_token_id, device):
             logprobs, entropy = response_logprobs(model, rows)
+            entropy = entropy.detach()  # waiting for a gradient, it would keep every chunk's logits in memory
             loss = sft_loss(logprobs, rows.mask, n_tokens)
             loss.backward()
             loss_sum, entropy_sum = loss_sum + loss.item(), entropy_sum + entropy.sum().item() / n_tokens
