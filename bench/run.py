@@ -1,0 +1,646 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch==2.13.0", "transformers==5.23.0", "datasets==5.2.0", "bitsandbytes==0.50.2", "peft==0.21.2",
+#     "accelerate==1.15.0", "safetensors", "numpy", "trl==1.16.0"]
+# ///
+"""One stage of solo-rlhf against TRL on the same work, in turns (ours, TRL, ours, TRL), each in a process of its own.
+
+    python bench/run.py --stage dpo              # sft, reward, kwise, dpo, grpo, rloo, ppo
+    python bench/run.py --stage ppo --peer_folder DIR      # DIR: pip install --no-deps --target DIR trl==1.12.0
+
+The work: hh-rlhf dialogues on a Llama of 30 M parameters with random weights, LoRA r=16 on all linear layers (B not 0,
+so that policy and reference differ), fp32, the same rows in the same batches, the same number of optimizer steps, no
+gradient checkpointing on either side. An end token that comes with probability 1/50 gives responses of natural lengths.
+
+What is measured, in the steps between the first and the last (the first warms up and is the one whose multiplications
+are counted; ours evaluates after the last):
+
+    seconds   median of a step; in dpo ours computes the reference before step 0: its share is added to every step
+    memory    high-water mark of resident memory in those steps, less what the process held after its imports
+    tokens    columns that went through the embedding in a step, and tokens that count: supervised or sampled ones
+    limit     multiplications of the first step / seconds of that step / rate of a large matmul in the same process
+    decoding  the larger of weight bytes / bandwidth and multiplications / matmul rate, over the seconds of sampling
+
+Ratios are medians over pairs of turns. The losses of both are printed; they are equal where both see the same tokens
+(sft, reward, kwise, dpo), and can't be where each samples its own.
+"""
+
+import importlib
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationMixin,
+    HfArgumentParser,
+    TrainerCallback,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+STAGES = ("sft", "reward", "kwise", "dpo", "grpo", "rloo", "ppo")
+SCRIPTS = {"kwise": "reward", "rloo": "grpo"}  # the script of a stage, where it is not named like it
+TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}Assistant: {{ m['content'] }}{{ eos_token }}"
+    "{% else %}User: {{ m['content'] }}\n{% endif %}{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+
+
+class UserError(Exception):
+    """A mistake in what the user gave, printed as one line: what, where, what was expected, what to do."""
+
+
+def arg(default: Any, help: str) -> Any:
+    """One dataclass field = one command-line flag with its --help text."""
+    text = {"help": help.replace("%", "%%")}
+    return field(default_factory=default, metadata=text) if callable(default) else field(default=default, metadata=text)
+
+
+@dataclass
+class Args:
+    stage: Literal["sft", "reward", "kwise", "dpo", "grpo", "rloo", "ppo"] = arg("dpo", "what is compared")
+    pairs: str = arg(str(SHARED / "data" / "hh_rlhf"), "folder of .jsonl files with chosen and rejected dialogues")
+    tokenizer: str = arg(str(SHARED / "tokenizers" / "phi3-mini"), "tokenizer: hub id or local path")
+    hidden_size: int = arg(384, "of the Llama")
+    layers: int = arg(10, "of the Llama")
+    batch_size: int = arg(0, "examples per step; 0: the stage's own")
+    micro_batch_size: int = arg(8, "examples per forward pass, on both sides")
+    steps: int = arg(2, "measured steps per turn")
+    turns: int = arg(2, "turns of each side")
+    samples_per_prompt: int = arg(8, "G of grpo, rloo and ppo")
+    max_response_length: int = arg(128, "longest sampled response (tokens)")
+    ppo_epochs: int = arg(4, "passes over a rollout in ppo")
+    threads: int = arg(0, "torch threads; 0: torch's choice")
+    peer_folder: str = arg(str(ROOT / "runs" / "trl-1.12.0"), "ppo: folder with trl==1.12.0 (pip install --target)")
+    output_dir: str = arg("runs/bench", "work and results")
+    side: Literal["both", "ours", "peer"] = arg("both", "one turn of one side, in this process; both: the comparison")
+
+
+SIZES = {"sft": 32, "reward": 16, "kwise": 4, "dpo": 16, "grpo": 64, "rloo": 64, "ppo": 32}  # examples per step
+
+
+# -------------------------------------------------------------------------------------------------------- the work
+def to_messages(dialogue: str) -> list[dict]:
+    """hh-rlhf's dialogue as messages; Human and Assistant take turns, Human first."""
+    turns = dialogue.replace("\n\nHuman:", "\x00user\x01").replace("\n\nAssistant:", "\x00assistant\x01")
+    parts = [turn.partition("\x01") for turn in turns.split("\x00") if turn]
+    return [{"role": who, "content": text.strip()} for who, _, text in parts]
+
+
+def read_pairs(folder: Path, tokenizer: Any, n: int, longest: int) -> list[dict]:
+    """The first n pairs with one prompt, alternating turns and at most `longest` tokens: prompt, chosen, rejected."""
+    files = [folder] if folder.is_file() else sorted(folder.glob("*test_dev.jsonl")) or sorted(folder.glob("*.jsonl"))
+    if not files:
+        raise UserError(f"--pairs {folder}: no .jsonl files with chosen and rejected")
+    by_file = [[json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] for file in files]
+    found: list[dict] = []
+    for row in (row for rows in zip(*by_file, strict=False) for row in rows):
+        if isinstance(row["chosen"], str) and "prompt" not in row:
+            chosen, rejected = to_messages(row["chosen"]), to_messages(row["rejected"])
+        else:
+            start = [{"role": "user", "content": row["prompt"]}]
+            chosen, rejected = ([*start, {"role": "assistant", "content": row[k]}] for k in ("chosen", "rejected"))
+        roles = [m["role"] for m in chosen]
+        fits = all(len(tokenizer.apply_chat_template(m, tokenize=False)) < 4 * longest for m in (chosen, rejected))
+        texts = chosen[-1]["content"], rejected[-1]["content"]
+        alternates = roles == ["user", "assistant"] * (len(roles) // 2)
+        if fits and alternates and all(texts) and texts[0] != texts[1] and chosen[:-1] == rejected[:-1]:
+            found.append({"prompt": chosen[:-1], "chosen": texts[0], "rejected": texts[1]})
+    if len(found) < n:
+        raise UserError(f"--pairs {folder}: {n} usable pairs are needed, {len(found)} found; lower --steps")
+    return found[:n]
+
+
+def make_model(args: Args, folder: Path, tokenizer: Any) -> None:
+    """A Llama of random weights whose samples end with probability 1/50 per token, and an adapter with B not 0.
+
+    All embeddings share a direction u; so do then all hidden states, and EOS's output row has more of it.
+    """
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    d, vocabulary = args.hidden_size, len(tokenizer)
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=d, intermediate_size=-(-8 * d // 3 // 64) * 64,
+        num_hidden_layers=args.layers,
+        num_attention_heads=max(1, d // 64), num_key_value_heads=max(1, d // 64), max_position_embeddings=2048,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    table = model.get_input_embeddings().weight.data
+    u = torch.randn(d).sign()
+    table += 0.04 * u
+    ids = torch.randint(vocabulary, (8, 64))
+    with torch.no_grad():
+        hidden = model.model(input_ids=ids).last_hidden_state.flatten(0, 1)
+    wanted = math.log(vocabulary / 50)  # the other logits are nearly equal
+    table[tokenizer.eos_token_id] += u * wanted / (hidden @ u).mean()
+    model.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    lora = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for name, p in lora.named_parameters():
+        if "lora_B" in name:
+            p.data.normal_(std=0.002)
+    lora.peft_config["default"].base_model_name_or_path = str((folder / "base").resolve())
+    lora.save_pretrained(str(folder / "start"))
+    tokenizer.save_pretrained(folder / "start")
+
+
+def prepare(args: Args) -> Path:
+    """Model, adapter and rows of one stage under --output_dir; rows are named by what they hold."""
+    folder = Path(args.output_dir) / args.stage
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--tokenizer {args.tokenizer}: {str(error).splitlines()[0]}") from error
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.pad_token = tokenizer.unk_token or tokenizer.pad_token
+    make_model(args, folder, tokenizer)
+    n_steps = args.steps + 2
+    per_step = args.batch_size // (1 if args.stage in ("sft", "reward", "kwise", "dpo") else args.samples_per_prompt)
+    pairs = read_pairs(Path(args.pairs), tokenizer, per_step * n_steps + 4, 384)
+    rows = [make_row(args.stage, pair, pairs, i) for i, pair in enumerate(pairs)]
+    if args.stage == "ppo":
+        make_reward_model(args, folder, pairs[:16])
+    for name, part in (("train", rows[:-4]), ("heldout", rows[-4:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
+    return folder
+
+
+def make_reward_model(args: Args, folder: Path, pairs: list[dict]) -> None:
+    """A reward folder on the same base, by one step of reward.py: its values do not matter here."""
+    source = folder / "pairs.jsonl"
+    source.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+    command = [sys.executable, str(ROOT / "reward.py"), "--model", str(folder / "start"), "--dataset", str(source)]
+    command += ["--max_steps", "1", "--batch_size", "8", "--eval_size", "2", "--output_dir", str(folder / "reward")]
+    shutil.rmtree(folder / "reward", ignore_errors=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"reward.py stopped: {done.stderr[-300:]}")
+
+
+def make_row(stage: str, pair: dict, pairs: list[dict], i: int) -> dict:
+    """A row as the stage's script reads it; kwise: nine responses, seven of them borrowed from other rows."""
+    if stage == "sft":
+        return {"messages": [*pair["prompt"], {"role": "assistant", "content": pair["chosen"]}]}
+    if stage in ("grpo", "rloo", "ppo"):
+        return {"prompt": pair["prompt"]}
+    if stage == "kwise":
+        others = [pairs[(i + k) % len(pairs)]["chosen"] for k in range(1, 8)]
+        return {
+            "prompt": pair["prompt"],
+            "responses": [pair["chosen"], pair["rejected"], *others],
+            "ranks": [*range(9)],
+        }
+    return pair
+
+
+def reward_length(prompts: list, completions: list, **columns: Any) -> list[float]:
+    """A reward that both sides can compute from the text: vowels per character."""
+    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+    return [sum(ch in "aeiou" for ch in text) / max(1, len(text)) for text in texts]
+
+
+# ------------------------------------------------------------------------------------------------------- the meter
+class Meter:
+    """Counts what a turn does: seconds per step, resident memory, tokens through the embedding, multiplications."""
+
+    def __init__(self, steps: int):
+        self.steps, self.counted = steps, 0
+        self.ends: list[float] = []
+        self.losses: list[float | None] = []
+        self.idle, self.high = resident(), 0
+        self.tokens = {"grad": 0, "no_grad": 0, "sampled": 0}
+        self.sampling, self.decode_calls, self.sampled_tokens, self.inside = 0.0, 0, 0, False
+        self.flops: Any = None
+        self.first = [0.0, 0.0]  # multiplications and seconds of step 0
+        plain = torch.nn.Embedding.forward
+
+        def forward(embedding: Any, ids: torch.Tensor) -> torch.Tensor:
+            if self.measuring():
+                self.tokens["sampled" if self.inside else "grad" if torch.is_grad_enabled() else "no_grad"] += (
+                    ids.numel()
+                )
+            if self.inside and self.measuring():
+                self.decode_calls += 1
+            return plain(embedding, ids)
+
+        layer: Any = torch.nn.Embedding
+        layer.forward = forward
+
+    def measuring(self) -> bool:
+        """Whether the steps that count are running: not the first, and not ours' last with its evaluation."""
+        return 1 <= len(self.ends) <= self.steps
+
+    def begin(self) -> None:
+        """The first step begins: count its multiplications."""
+        if self.flops is None:
+            from torch.utils.flop_counter import FlopCounterMode
+
+            self.flops, self.start = FlopCounterMode(display=False), time.perf_counter()
+            self.flops.__enter__()
+
+    def end(self, loss: float | None) -> None:
+        """A step ends."""
+        if not self.ends:
+            self.flops.__exit__(None, None, None)
+            self.first = [float(self.flops.get_total_flops()), time.perf_counter() - self.start]
+            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        self.ends.append(time.perf_counter())
+        if len(self.ends) <= self.steps + 1:
+            self.losses.append(loss)
+            self.high = resident("VmHWM")
+
+    def around(self, function: Callable) -> Callable:
+        """`function`, a sampler, with its seconds added up."""
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start, self.inside = time.perf_counter(), True
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.inside = False
+                self.sampling += (time.perf_counter() - start) * self.measuring()
+
+        return timed
+
+    def result(self, weights: int) -> dict:
+        """What the turn measured; `weights`: parameters of the layers that every token goes through."""
+        rate, bandwidth = machine_limits()
+        seconds = np.diff(self.ends[: self.steps + 1]).tolist()
+        bound = max(self.decode_calls * weights * 4 / bandwidth, 2 * weights * self.tokens["sampled"] / rate)
+        return {
+            "seconds": seconds, "memory": self.high - self.idle, "losses": self.losses,
+            "counted": self.counted / self.steps,
+            "tokens": {name: n / self.steps for name, n in self.tokens.items()},
+            "sampling": self.sampling / self.steps, "decoding_limit": bound / self.sampling if self.sampling else None,
+            "flops": self.first[0], "limit": self.first[0] / self.first[1] / rate, "matmul_rate": rate,
+            "bandwidth": bandwidth,
+        }  # fmt: skip
+
+
+def resident(name: str = "VmRSS") -> int:
+    """Resident memory of this process (bytes); VmHWM: its high-water mark."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def machine_limits() -> tuple[float, float]:
+    """Multiply-add rate of a large fp32 matmul (2 per multiply-add, per second) and bytes per second read."""
+    a, b = torch.randn(2, 1536, 1536).unbind()
+    big = torch.randn(64 * 2**20)
+    best = [math.inf, math.inf]
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ b
+        middle = time.perf_counter()
+        big.sum()
+        best = [min(best[0], middle - start), min(best[1], time.perf_counter() - middle)]
+    return 2 * 1536**3 / best[0], big.numel() * 4 / best[1]
+
+
+# ---------------------------------------------------------------------------------------------------------- ours
+def run_ours(args: Args, folder: Path) -> dict:
+    """One turn of this repository's script, by its own main."""
+    sys.path.insert(0, str(ROOT))
+    script: Any = importlib.import_module(SCRIPTS.get(args.stage, args.stage))
+    meter, extra = Meter(args.steps), {"seconds": 0.0}
+    reward = f"{Path(__file__).resolve()}:reward_length_ours"
+    sampling = {
+        "samples_per_prompt": args.samples_per_prompt, "max_response_length": args.max_response_length,
+        "missing_eos_penalty": 0.0, "reward_fn": reward,
+    }  # fmt: skip
+    settings: dict[str, dict] = {
+        "sft": {"last_turn_only": True}, "reward": {}, "kwise": {},
+        "dpo": {"eval_samples": 0, "cache_dir": str(folder / "cache")},
+        "grpo": {**sampling, "kl": "none"}, "rloo": {**sampling, "method": "rloo", "kl_coef": 0.05},
+        "ppo": {**sampling, "reward_fn": None, "reward_model": str(folder / "reward"), "minibatches": 1,
+                "ppo_epochs": args.ppo_epochs},
+    }  # fmt: skip
+    batches, heads = [], []
+    plain_batch, plain_log = script.batch_indices, script.log_step
+    plain_optimizer, plain_rows, plain_encode = script.make_optimizer, script.build_rows, script.encode_rows
+
+    def batch_indices(*given: Any) -> list[int]:
+        meter.begin()
+        batches.append(plain_batch(*given))
+        return batches[-1]
+
+    def build_rows(rows: list, spots: list, *given: Any, **named: Any) -> Any:
+        meter.counted += sum(map(len, spots)) * meter.measuring()
+        return plain_rows(rows, spots, *given, **named)
+
+    def encode_rows(source: str, *given: Any) -> list:
+        examples = plain_encode(source, *given)
+        if len(examples) != len(Path(source).read_text(encoding="utf-8").splitlines()):
+            raise UserError(f"{source}: {len(examples)} examples; the peer would see more rows")
+        return examples
+
+    def log_step(out: Path, metrics: dict, timing: dict, accelerator: Any) -> None:
+        meter.end(metrics.get("loss", metrics.get("policy_loss")))
+        plain_log(out, metrics, timing, accelerator)
+
+    def make_optimizer(parameters: list, *given: Any) -> Any:
+        heads.append(parameters[-1].detach().clone())
+        return plain_optimizer(parameters, *given)
+
+    script.batch_indices, script.log_step = batch_indices, log_step
+    script.make_optimizer, script.build_rows, script.encode_rows = make_optimizer, build_rows, encode_rows
+    if hasattr(script, "sample"):
+        script.sample = meter.around(script.sample)
+    if args.stage == "dpo":
+        shutil.rmtree(folder / "cache", ignore_errors=True)  # every turn computes the reference
+        script.cached_logprobs = timed(script.cached_logprobs, extra)
+    if not hasattr(script, "sample") or args.stage == "dpo":
+        settings[args.stage] |= {"max_response_length": 1024}
+    flags = {
+        "model": str(folder / "start"), "dataset": str(folder / "train.jsonl"), "output_dir": str(folder / "run"),
+        "max_prompt_length": 1024,
+        "eval_dataset": str(folder / "heldout.jsonl"), "batch_size": args.batch_size,
+        "micro_batch_size": args.micro_batch_size, "max_steps": args.steps + 2, "epochs": 9.0, "learning_rate": 1e-5,
+        "warmup_ratio": 0.0, "gradient_checkpointing": False,
+    }  # fmt: skip
+    script.main(script.Args(**{**flags, **settings[args.stage]}))
+    (folder / "batches.json").write_text(json.dumps(batches))
+    if args.stage in ("reward", "kwise"):  # the adapter with the head that this run began with, for the peer
+        weights = load_file(folder / "start" / "adapter_model.safetensors")
+        shutil.copytree(folder / "start", folder / "classifier", dirs_exist_ok=True)
+        save_file({**weights, script.HEAD_KEY: heads[0]}, folder / "classifier" / "adapter_model.safetensors")
+    result = meter.result(linear_weights(folder))
+    share = extra["seconds"] / (args.steps + 2)
+    return {**result, "seconds": [s + share for s in result["seconds"]], "reference_share": share}
+
+
+def reward_length_ours(prompts: list, responses: list[str], **columns: Any) -> list[float]:
+    """reward_length by this repository's contract."""
+    return reward_length(prompts, responses)
+
+
+def timed(function: Callable, total: dict[str, float]) -> Callable:
+    """`function`, its seconds added to total["seconds"]."""
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        result = function(*args, **kwargs)
+        total["seconds"] += time.perf_counter() - start
+        return result
+
+    return wrapped
+
+
+def linear_weights(folder: Path) -> int:
+    """Parameters of the base that take part in every token's multiplication: the tied embedding as lm_head included."""
+    from safetensors import safe_open
+
+    with safe_open(folder / "base" / "model.safetensors", "pt") as file:
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+
+
+# ---------------------------------------------------------------------------------------------------------- theirs
+class Callback(TrainerCallback):
+    """Tells the meter when a step of a transformers Trainer begins and ends, and what it lost."""
+
+    def __init__(self, meter: Meter):
+        self.meter = meter
+
+    def on_train_begin(self, *given: Any, **named: Any) -> None:
+        """PPO's own loop has no on_step_begin."""
+        self.meter.begin()
+
+    def on_step_end(self, *given: Any, **named: Any) -> None:
+        """After the optimizer step; the loss is logged after it."""
+        self.meter.end(None)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **named: Any) -> None:
+        """The loss of the step that has just ended."""
+        if self.meter.losses and logs and "loss" in logs:
+            self.meter.losses[-1] = logs["loss"]
+
+
+def peer_rows(args: Args, folder: Path) -> list[dict]:
+    """The rows in the order of ours' batches."""
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    batches = json.loads((folder / "batches.json").read_text())[: args.steps + 1]
+    return [rows[i] for batch in batches for i in batch]
+
+
+def load_start(folder: Path, kind: Any, adapter: str = "start") -> Any:
+    """The base with the adapter that ours starts from, trainable; with one score where `kind` is a classifier."""
+    from peft import PeftConfig, PeftModel
+
+    config = PeftConfig.from_pretrained(str(folder / adapter))
+    named = {}
+    if kind is AutoModelForSequenceClassification:
+        config.task_type, config.modules_to_save, named = "SEQ_CLS", ["score"], {"num_labels": 1}
+    base = kind.from_pretrained(folder / "base", dtype=torch.float32, **named)
+    model = PeftModel.from_pretrained(base, str(folder / adapter), config=config, is_trainable=True)
+    return model
+
+
+def peer_rows_and_flags(args: Args, rows: list[dict]) -> tuple[list[dict], dict]:
+    """Rows in TRL's columns, and the flags that its trainer of this stage needs to do what ours does."""
+    if args.stage == "sft":
+        rows = [{"prompt": r["messages"][:-1], "completion": r["messages"][-1:]} for r in rows]
+    if args.stage == "kwise":
+        some = [(r, i, j) for r in rows for i in range(9) for j in range(i + 1, 9)]
+        rows = [{**r, "chosen": r["responses"][i], "rejected": r["responses"][j]} for r, i, j in some]
+    if "chosen" in rows[0]:
+        sides = ("chosen", "rejected")
+        rows = [{"prompt": r["prompt"], **{s: [{"role": "assistant", "content": r[s]}] for s in sides}} for r in rows]
+    if args.stage not in ("grpo", "rloo"):
+        return rows, {"max_length": None}
+    flags: dict[str, Any] = {
+        "max_completion_length": args.max_response_length,
+        "num_generations": args.samples_per_prompt,
+    }
+    flags |= {"shuffle_dataset": False, "temperature": 1.0}
+    return rows, flags | ({"beta": 0.0, "loss_type": "grpo"} if args.stage == "grpo" else {"beta": 0.05})
+
+
+def run_peer(args: Args, folder: Path) -> dict:
+    """One turn of TRL's trainer on the same rows."""
+    if args.stage == "ppo":
+        sys.path.insert(0, args.peer_folder)
+    trl: Any = importlib.import_module("trl")
+    wanted = "1.12.0" if args.stage == "ppo" else "1.16.0"
+    if trl.__version__ != wanted:
+        command = f"pip install --no-deps --target {args.peer_folder} trl==1.12.0"
+        raise UserError(f"trl {trl.__version__} found, {wanted} expected; {command if args.stage == 'ppo' else ''}")
+    if args.stage == "ppo":
+        return run_peer_ppo(args, folder)
+    meter = Meter(args.steps)
+    name = {"sft": "SFT", "dpo": "DPO", "grpo": "GRPO", "rloo": "RLOO"}.get(args.stage, "Reward")
+    rows, flags = peer_rows_and_flags(args, peer_rows(args, folder))
+    if name == "Reward":
+        model = load_start(folder, AutoModelForSequenceClassification, "classifier")
+    else:
+        model = load_start(folder, AutoModelForCausalLM)
+    pairs_per_example = 36 if args.stage == "kwise" else 1
+    config = getattr(trl, f"{name}Config")(
+        output_dir=str(folder / "peer"), per_device_train_batch_size=args.micro_batch_size,
+        gradient_accumulation_steps=args.batch_size * pairs_per_example // args.micro_batch_size,
+        max_steps=args.steps + 1, learning_rate=1e-5, lr_scheduler_type="constant", bf16=False,
+        use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False, logging_steps=1, save_strategy="no",
+        report_to="none", disable_tqdm=True, **flags,
+    )  # fmt: skip
+    trainer = getattr(trl, f"{name}Trainer")(
+        model=model, args=config, train_dataset=datasets.Dataset.from_list(rows), callbacks=[Callback(meter)],
+        processing_class=AutoTokenizer.from_pretrained(folder / "base"),
+        **({"reward_funcs": reward_length} if args.stage in ("grpo", "rloo") else {}),
+    )  # fmt: skip
+    if args.stage not in ("grpo", "rloo"):  # the same rows in the same batches
+        trainer._get_train_sampler = lambda *given: torch.utils.data.SequentialSampler(trainer.train_dataset)
+    time_generate(meter)
+    trainer.train()
+    return meter.result(linear_weights(folder))
+
+
+def time_generate(meter: Meter) -> None:
+    """transformers' generate, which TRL samples with, timed by the meter."""
+    sampler: Any = GenerationMixin
+    sampler.generate = meter.around(sampler.generate)
+
+
+def run_peer_ppo(args: Args, folder: Path) -> dict:
+    """One turn of TRL 1.12's PPOTrainer: four models, LoRA on policy and value model."""
+    ppo: Any = importlib.import_module("trl.experimental.ppo")
+    meter = Meter(args.steps)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base", padding_side="left")
+    rows = [r for r in peer_rows(args, folder) for _ in range(args.samples_per_prompt)]
+    ids = [tokenizer.apply_chat_template(r["prompt"], add_generation_prompt=True, return_dict=False) for r in rows]
+    policy = load_start(folder, AutoModelForCausalLM)
+    reward, value = (load_start(folder, AutoModelForSequenceClassification, "reward") for _ in range(2))
+    reward.requires_grad_(False)
+    config = ppo.PPOConfig(
+        output_dir=str(folder / "peer"), per_device_train_batch_size=args.micro_batch_size,
+        gradient_accumulation_steps=args.batch_size // args.micro_batch_size, num_mini_batches=1,
+        total_episodes=args.batch_size * (args.steps + 1), num_ppo_epochs=args.ppo_epochs, learning_rate=1e-5,
+        local_rollout_forward_batch_size=args.batch_size, response_length=args.max_response_length, stop_token="eos",
+        temperature=1.0, num_sample_generations=0, bf16=False, use_cpu=not torch.cuda.is_available(),
+        gradient_checkpointing=False, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = ppo.PPOTrainer(
+        args=config, processing_class=tokenizer, model=policy, ref_model=None, reward_model=reward.get_base_model(),
+        value_model=value.get_base_model(), train_dataset=datasets.Dataset.from_list([{"input_ids": i} for i in ids]),
+        eval_dataset=datasets.Dataset.from_list([{"input_ids": i} for i in ids[:8]]), callbacks=[Callback(meter)],
+    )  # fmt: skip
+    time_generate(meter)
+    trainer.train()
+    return meter.result(linear_weights(folder))
+
+
+# ------------------------------------------------------------------------------------------------------ comparison
+def turn(args: Args, side: str) -> dict:
+    """One turn in a process of its own."""
+    result = Path(args.output_dir) / args.stage / f"{side}.json"
+    result.unlink(missing_ok=True)
+    given = [f"--{name}={value}" for name, value in vars(args).items() if name != "side"]
+    log = result.with_suffix(".log")
+    with log.open("w") as stream:
+        code = subprocess.run(
+            [sys.executable, __file__, *given, f"--side={side}"], stdout=stream, stderr=subprocess.STDOUT, check=False,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"},
+        ).returncode  # fmt: skip
+    if code or not result.is_file():
+        raise UserError(f"{side}: stopped with exit code {code}; {log} ends with: {log.read_text()[-300:]}")
+    return json.loads(result.read_text())
+
+
+def summary(ours: list[dict], peer: list[dict]) -> dict:
+    """Medians of both sides and of the ratios of neighbouring turns, with the smallest and largest ratio."""
+
+    def middle(turns: list[dict], value: Callable[[dict], float]) -> float:
+        return statistics.median(value(t) for t in turns)
+
+    def ratios(value: Callable[[dict], float]) -> list[float]:
+        all_ratios = sorted(value(b) / value(a) for a, b in zip(ours, peer, strict=True))
+        return [statistics.median(all_ratios), all_ratios[0], all_ratios[-1]]
+
+    def seconds(t: dict) -> float:
+        return statistics.median(t["seconds"])
+
+    rows = {}
+    for name, turns in (("ours", ours), ("peer", peer)):
+        rows[name] = {
+            "seconds": middle(turns, seconds), "memory": middle(turns, lambda t: t["memory"]),
+            "limit": middle(turns, lambda t: t["limit"]), "flops": turns[0]["flops"],
+            "sampling_share": middle(turns, lambda t: t["sampling"] / seconds(t)),
+            "decoding_limit": turns[0]["decoding_limit"] and middle(turns, lambda t: t["decoding_limit"]),
+            "tokens": turns[0]["tokens"], "losses": turns[0]["losses"],
+        }  # fmt: skip
+    return {
+        **rows, "faster": ratios(seconds), "memory_share": [1 / r for r in ratios(lambda t: t["memory"])],
+        "counted": ours[0]["counted"], "matmul_rate": middle([*ours, *peer], lambda t: t["matmul_rate"]),
+        "bandwidth": middle([*ours, *peer], lambda t: t["bandwidth"]),
+    }  # fmt: skip
+
+
+def print_summary(stage: str, s: dict) -> None:
+    """The table of one stage."""
+    mib, g = 2**20, 1e9
+    print(f"\n{stage}: {s['counted']:.0f} tokens count per step; matmul {s['matmul_rate'] / g:.0f} GFLOP/s, "
+          f"{s['bandwidth'] / g:.1f} GB/s")  # fmt: skip
+    print("|  | s/step | MiB | GFLOP | of limit | tokens with gradient / without / sampled | sampling | of its bound |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name in ("ours", "peer"):
+        r = s[name]
+        tokens = " / ".join(f"{r['tokens'][k]:.0f}" for k in ("grad", "no_grad", "sampled"))
+        bound = f"{r['decoding_limit']:.2f}" if r["decoding_limit"] else "-"
+        print(f"| {name:5} | {r['seconds']:.2f} | {r['memory'] / mib:.0f} | {r['flops'] / g:.0f} | {r['limit']:.2f} "
+              f"| {tokens} | {r['sampling_share']:.2f} | {bound} |")  # fmt: skip
+    print(f"ours is {s['faster'][0]:.2f} times as fast [{s['faster'][1]:.2f}, {s['faster'][2]:.2f}] with "
+          f"{s['memory_share'][0]:.2f} of the memory; losses "
+          + ", ".join(f"{a:.4f} / {b:.4f}" if None not in (a, b) else "-"
+                      for a, b in zip(s["ours"]["losses"], s["peer"]["losses"], strict=False)))  # fmt: skip
+
+
+def main(args: Args) -> dict:
+    """Compare one stage with TRL on the same work (bench/run.py)."""
+    args.batch_size = args.batch_size or SIZES[args.stage]
+    args.micro_batch_size = min(args.micro_batch_size, args.batch_size)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    folder = Path(args.output_dir) / args.stage
+    if args.side != "both":
+        result = (run_ours if args.side == "ours" else run_peer)(args, folder)
+        (folder / f"{args.side}.json").write_text(json.dumps(result, indent=1))
+        return result
+    prepare(args)
+    sides: dict[str, list[dict]] = {"ours": [], "peer": []}
+    for number in range(args.turns):
+        for side, turns in sides.items():
+            turns.append(turn(args, side))
+            print(f"turn {number + 1}, {side}: {statistics.median(turns[-1]['seconds']):.2f} s per step", flush=True)
+    result = summary(sides["ours"], sides["peer"])
+    (folder / "result.json").write_text(json.dumps({"args": vars(args), **result, "turns": sides}, indent=1))
+    print_summary(args.stage, result)
+    return result
+
+
+if __name__ == "__main__":
+    arguments: Any = Args
+    parser = HfArgumentParser(arguments, description=main.__doc__, allow_abbrev=False)
+    (parsed,) = parser.parse_args_into_dataclasses()
+    try:
+        main(parsed)
+    except UserError as problem:
+        sys.exit(f"run.py: {problem}")

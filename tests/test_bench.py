@@ -1,0 +1,127 @@
+"""bench/run.py: the work that it makes, its arithmetic, and (slow) one small comparison per stage."""
+
+import importlib.util
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, shared_or_skip
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+def load_bench() -> ModuleType:
+    """bench/run.py as a module."""
+    spec = importlib.util.spec_from_file_location("bench_run", ROOT / "bench" / "run.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["bench_run"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+bench = load_bench()
+
+
+def small(folder: Path, **flags: Any) -> Any:
+    """Args of a comparison that takes seconds: tiny's tokenizer and preferences, a model of two layers."""
+    given = {
+        "pairs": str(ROOT / "tiny" / "preferences.jsonl"), "tokenizer": str(ROOT / "tiny" / "base"), "hidden_size": 64,
+        "layers": 2, "steps": 1, "turns": 1, "batch_size": 16, "micro_batch_size": 4, "samples_per_prompt": 4,
+        "max_response_length": 12, "ppo_epochs": 2, "threads": 1, "output_dir": str(folder),
+    }  # fmt: skip
+    return bench.Args(**{**given, **flags})
+
+
+def test_dialogues_become_messages() -> None:
+    """hh-rlhf's format: a turn begins with two line ends and a name."""
+    text = "\n\nHuman: Hi\nthere\n\nAssistant: Hello.\n\nHuman: Bye\n\nAssistant: So long"
+    assert [(m["role"], m["content"]) for m in bench.to_messages(text)] == [
+        ("user", "Hi\nthere"),
+        ("assistant", "Hello."),
+        ("user", "Bye"),
+        ("assistant", "So long"),
+    ]
+
+
+def test_the_work_on_hh_rlhf() -> None:
+    """Both subsets, one prompt per pair, no pair twice, none over the length."""
+    folder, tokens = shared_or_skip("data", "hh_rlhf"), shared_or_skip("tokenizers", "phi3-mini")
+    tokenizer = AutoTokenizer.from_pretrained(tokens)
+    tokenizer.chat_template = bench.TEMPLATE
+    pairs = bench.read_pairs(folder, tokenizer, 100, 384)
+    assert len({json.dumps(p) for p in pairs}) == 100
+    assert all(p["prompt"][-1]["role"] == "user" and p["chosen"] != p["rejected"] for p in pairs)
+    with pytest.raises(bench.UserError, match="usable pairs"):
+        bench.read_pairs(folder, tokenizer, 10**6, 384)
+
+
+def test_responses_end_with_probability_one_in_fifty(tmp_path: Path) -> None:
+    """The end token's mean probability under the model of random weights, on random text."""
+    folder = bench.prepare(small(tmp_path, stage="dpo"))
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder / "base"),
+        AutoTokenizer.from_pretrained(folder / "base"),
+    )
+    with torch.no_grad():
+        logits = model(torch.randint(len(tokenizer), (16, 48), generator=torch.Generator().manual_seed(1))).logits
+    assert 1 / 80 < logits.softmax(-1)[..., tokenizer.eos_token_id].mean() < 1 / 30
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    assert len(rows) == 3 * 16 and rows[0].keys() == {"prompt", "chosen", "rejected"}
+
+
+def test_kwise_pairs() -> None:
+    """Nine ranked responses are 36 pairs, the better one chosen."""
+    row = {"prompt": [{"role": "user", "content": "?"}], "responses": list("abcdefghi"), "ranks": list(range(9))}
+    rows, flags = bench.peer_rows_and_flags(bench.Args(stage="kwise"), [row])
+    pairs = [(r["chosen"][0]["content"], r["rejected"][0]["content"]) for r in rows]
+    assert len(pairs) == 36 == len(set(pairs)) and all(a < b for a, b in pairs) and flags == {"max_length": None}
+
+
+def test_summary_by_hand() -> None:
+    """Ratios are of neighbouring turns: 6/2 and 8/4 seconds, 30/10 and 20/10 bytes."""
+
+    def turn(seconds: float, memory: int) -> dict:
+        common = {"losses": [1.0], "counted": 7.0, "tokens": {"grad": 1, "no_grad": 2, "sampled": 3}, "sampling": 1.0}
+        return common | {
+            "seconds": [seconds, seconds, 99.0], "memory": memory, "limit": 0.5, "flops": 4.0, "decoding_limit": 0.25,
+            "matmul_rate": 1e9, "bandwidth": 1e9,
+        }  # fmt: skip
+
+    result = bench.summary([turn(2, 10), turn(4, 10)], [turn(6, 30), turn(8, 20)])
+    assert result["faster"] == [2.5, 2.0, 3.0] and result["memory_share"] == pytest.approx([0.4, 0.5, 1 / 3])
+    assert result["ours"]["seconds"] == 3 and result["ours"]["sampling_share"] == pytest.approx((0.5 + 0.25) / 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", bench.STAGES)
+def test_small_comparison(stage: str, tmp_path: Path) -> None:
+    """Both sides go through; where both see the same tokens, so are their losses, before and after an update."""
+    flags: dict[str, Any] = {"batch_size": 4} if stage == "kwise" else {}
+    if stage == "ppo":
+        if not Path(bench.Args().peer_folder).is_dir():
+            pytest.skip(
+                "needs trl 1.12.0 in runs/trl-1.12.0: pip install --no-deps --target runs/trl-1.12.0 trl==1.12.0"
+            )
+    result = bench.main(small(tmp_path, stage=stage, **flags))
+    assert result["ours"]["tokens"]["grad"] > 0 and result["peer"]["tokens"]["grad"] > 0 and result["counted"] > 0
+    if stage in ("sft", "reward", "kwise", "dpo"):
+        assert len(result["ours"]["losses"]) == 2
+        for ours, peer in zip(result["ours"]["losses"], result["peer"]["losses"], strict=True):
+            assert ours == pytest.approx(peer, rel=2e-3)  # TRL logs four digits
+    else:
+        assert 0 < result["ours"]["sampling_share"] < 1 and math.isfinite(result["ours"]["decoding_limit"])
+
+
+def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No data, no tokenizer: what and where."""
+    run: Callable = bench.main
+    with pytest.raises(bench.UserError, match="--tokenizer"):
+        run(small(tmp_path, tokenizer=str(tmp_path / "none")))
+    with pytest.raises(bench.UserError, match="--pairs"):
+        run(small(tmp_path, pairs=str(tmp_path)))
