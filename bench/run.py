@@ -16,7 +16,7 @@ What is measured, in the steps between the first and the last (the first warms u
 are counted; ours evaluates after the last):
 
     seconds   median of a step; in dpo ours computes the reference before step 0: its share is added to every step
-    memory    high-water mark of resident memory in those steps, less what the process held after its imports
+    memory    high-water mark of resident memory up to the end of those steps, less what was held after the imports
     tokens    columns that went through the embedding in a step, and tokens that count: supervised or sampled ones
     limit     multiplications of the first step / seconds of that step / rate of a large matmul in the same process
     decoding  the larger of weight bytes / bandwidth and multiplications / matmul rate, over the seconds of sampling
@@ -264,7 +264,6 @@ class Meter:
         if not self.ends:
             self.flops.__exit__(None, None, None)
             self.first = [float(self.flops.get_total_flops()), time.perf_counter() - self.start]
-            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
         self.ends.append(time.perf_counter())
         if len(self.ends) <= self.steps + 1:
             self.losses.append(loss)
@@ -487,22 +486,23 @@ def run_peer(args: Args, folder: Path) -> dict:
         raise UserError(f"trl {trl.__version__} found, {wanted} expected; {command if args.stage == 'ppo' else ''}")
     if args.stage == "ppo":
         return run_peer_ppo(args, folder)
-    meter = Meter(args.steps)
     name = {"sft": "SFT", "dpo": "DPO", "grpo": "GRPO", "rloo": "RLOO"}.get(args.stage, "Reward")
+    trainer_class, config_class = getattr(trl, f"{name}Trainer"), getattr(trl, f"{name}Config")  # imports them
+    meter = Meter(args.steps)
     rows, flags = peer_rows_and_flags(args, peer_rows(args, folder))
     if name == "Reward":
         model = load_start(folder, AutoModelForSequenceClassification, "classifier")
     else:
         model = load_start(folder, AutoModelForCausalLM)
     pairs_per_example = 36 if args.stage == "kwise" else 1
-    config = getattr(trl, f"{name}Config")(
+    config = config_class(
         output_dir=str(folder / "peer"), per_device_train_batch_size=args.micro_batch_size,
         gradient_accumulation_steps=args.batch_size * pairs_per_example // args.micro_batch_size,
         max_steps=args.steps + 1, learning_rate=1e-5, lr_scheduler_type="constant", bf16=False,
         use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False, logging_steps=1, save_strategy="no",
         report_to="none", disable_tqdm=True, **flags,
     )  # fmt: skip
-    trainer = getattr(trl, f"{name}Trainer")(
+    trainer = trainer_class(
         model=model, args=config, train_dataset=datasets.Dataset.from_list(rows), callbacks=[Callback(meter)],
         processing_class=AutoTokenizer.from_pretrained(folder / "base"),
         **({"reward_funcs": reward_length} if args.stage in ("grpo", "rloo") else {}),
@@ -523,6 +523,7 @@ def time_generate(meter: Meter) -> None:
 def run_peer_ppo(args: Args, folder: Path) -> dict:
     """One turn of TRL 1.12's PPOTrainer: four models, LoRA on policy and value model."""
     ppo: Any = importlib.import_module("trl.experimental.ppo")
+    trainer_class, config_class = ppo.PPOTrainer, ppo.PPOConfig
     meter = Meter(args.steps)
     tokenizer = AutoTokenizer.from_pretrained(folder / "base", padding_side="left")
     rows = [r for r in peer_rows(args, folder) for _ in range(args.samples_per_prompt)]
@@ -530,7 +531,7 @@ def run_peer_ppo(args: Args, folder: Path) -> dict:
     policy = load_start(folder, AutoModelForCausalLM)
     reward, value = (load_start(folder, AutoModelForSequenceClassification, "reward") for _ in range(2))
     reward.requires_grad_(False)
-    config = ppo.PPOConfig(
+    config = config_class(
         output_dir=str(folder / "peer"), per_device_train_batch_size=args.micro_batch_size,
         gradient_accumulation_steps=args.batch_size // args.micro_batch_size, num_mini_batches=1,
         total_episodes=args.batch_size * (args.steps + 1), num_ppo_epochs=args.ppo_epochs, learning_rate=1e-5,
@@ -538,7 +539,7 @@ def run_peer_ppo(args: Args, folder: Path) -> dict:
         temperature=1.0, num_sample_generations=0, bf16=False, use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=False, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
     )  # fmt: skip
-    trainer = ppo.PPOTrainer(
+    trainer = trainer_class(
         args=config, processing_class=tokenizer, model=policy, ref_model=None, reward_model=reward.get_base_model(),
         value_model=value.get_base_model(), train_dataset=datasets.Dataset.from_list([{"input_ids": i} for i in ids]),
         eval_dataset=datasets.Dataset.from_list([{"input_ids": i} for i in ids[:8]]), callbacks=[Callback(meter)],
