@@ -28,10 +28,11 @@ gives MT-Bench's maths, reasoning and coding questions their reference answers: 
 or a list with one per turn.
 
 Writes judgments, one row per game: {"id", "key", "prompt", "category", "turn", "order", "preference", "reply", "error",
-"model_a", "model_b", "length_a", "length_b", "judge", "prompt_sha", "usage", ...}, and a summary as .json beside them.
-Each reply is appended and synced before it is counted, under a key of judge, settings, prompt, texts and order; the
-same command after a crash asks only what has no reply yet. Replies that could not be read count as replies (at
-temperature 0 they would come again); failed calls are asked again. The API key is read from the environment only.
+"model_a", "model_b", "length_a", "length_b", "judge", "endpoint", "prompt_sha", ...}, and a summary as .json beside
+them. Each reply is appended and synced before it is counted, under a key of judge, endpoint (host and path), settings,
+prompt, texts and order; the same command after a crash asks only what has no reply yet. <output>.lock lets one run at a
+time write. Replies that could not be read count as replies (at temperature 0 they would come again); failed calls are
+asked again. The API key is read from the environment only.
 """
 
 import hashlib
@@ -45,11 +46,13 @@ import threading
 import time
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 import numpy as np
 from transformers import HfArgumentParser
@@ -57,6 +60,7 @@ from transformers import HfArgumentParser
 TINY = Path(__file__).resolve().parents[1] / "tiny"
 ANSWERS = str(TINY / "responses_ppo.jsonl"), str(TINY / "responses_sft.jsonl")
 CHARS_PER_TOKEN = 4  # a usual figure for English; for estimates only, what a reply says of its usage is exact
+REFUSES_LOGPROBS = ("http 400", "http 403", "http 422")  # OpenAI's reasoning models answer 403
 CHUNK = 64  # games per call of a judge function
 MIN_MASS = 0.1  # less probability than this on A and B together is no verdict
 HEAD_KEY = "base_model.model.score.weight"  # where AutoModelForSequenceClassification + PEFT look for the head
@@ -121,9 +125,7 @@ class Args:
     # what is judged
     a: str = arg(ANSWERS[0], "responses of model A, .jsonl")
     b: str = arg(ANSWERS[1], "responses of model B; not read with --mode single")
-    mode: Literal["pair", "single"] = arg(
-        "pair", "which of two answers is better, or a grade from 1 to 10 of each of A's"
-    )
+    mode: Literal["pair", "single"] = arg("pair", "which of two answers is better, or a grade from 1 to 10 of A's")
     references: str | None = arg(None, ".jsonl with id and reference (a string, or a list with one per turn)")
     output: str = arg("runs/judge/judgments.jsonl", "judgments; what is there already is not asked again")
     # who judges: one of these; none: the annotator of tiny/, where both response files are tiny's
@@ -134,12 +136,8 @@ class Args:
     reward_model: str | None = arg(None, "run folder of reward.py: P(A wins) = sigmoid(score of A - score of B)")
     # how it is asked
     orders: Literal["both", "random"] = arg("both", "which answer is shown first; random: one order per question")
-    verdict: Literal["auto", "logprobs", "text"] = arg(
-        "auto", "how it is read; auto: logprobs where the endpoint has them"
-    )
-    prompt_file: str | None = arg(
-        None, "own prompt with {question} {answer_a} {answer_b} (single: {answer}) {reference}"
-    )
+    verdict: Literal["auto", "logprobs", "text"] = arg("auto", "how it is read; auto: logprobs if there are any")
+    prompt_file: str | None = arg(None, "own prompt: {question} {answer_a} {answer_b} (single: {answer}) {reference}")
     temperature: float = arg(0.0, "sampling temperature of the judge; below 0: not sent")
     max_tokens: int = arg(1024, "longest reply (tokens); one with --verdict logprobs")
     seed: int = arg(0, "decides the orders with --orders random")
@@ -185,7 +183,8 @@ def check_args(args: Args) -> None:
     judges = [name for name in ("judge", "judge_fn", "reward_model") if getattr(args, name)]
     if len(judges) > 1:
         raise UserError(f"--{' and --'.join(judges)} were given; expected one of them")
-    if not judges and args.mode == "pair" and (args.a, args.b) == ANSWERS:
+    own = [Path(a).resolve() == Path(b) for a, b in zip((args.a, args.b), ANSWERS, strict=True)]
+    if not judges and args.mode == "pair" and all(own):
         args.judge_fn = f"{TINY / 'annotator.py'}:prefer"
     elif not judges and not args.reparse:
         raise UserError("no judge: give --judge MODEL, --judge_fn file.py:function or --reward_model FOLDER")
@@ -194,50 +193,117 @@ def check_args(args: Args) -> None:
     if args.max_usd is not None and None in (args.price_in, args.price_out):
         raise UserError("--max_usd needs --price_in and --price_out, USD per million tokens")
     if args.concurrency < 1 or args.max_tokens < 1 or args.max_retries < 0 or args.timeout <= 0:
-        raise UserError(
-            "--concurrency and --max_tokens must be at least 1, --max_retries at least 0, --timeout above 0"
-        )
+        raise UserError("--concurrency and --max_tokens must be 1 or more, --max_retries 0 or more, --timeout above 0")
 
 
 # -------------------------------------------------------------------------------------------- the verdict in a reply
-# A reply counts where one of four statements stands in it, and no other contradicts it:
-#   1. label      a sentence "(Therefore, the) final verdict is: [[A]]", "Winner: B", "Rating: 7/10", anywhere
-#   2. alone      [[A]] at the start of the first or the last line, or of a sentence there, perhaps with a reason behind
-#   3. decided    the last line ends a deciding sentence with it: "Overall I prefer answer B: [[B]]"
-#   4. prose      the last sentence is "(Therefore,) Assistant A is better (than B)" and there is no mark at all
-# Whatever is quoted is nobody's verdict, nor is a sentence with a word of DOUBT before the mark. Judges that begin with
-# one verdict and conclude on the last line with another have changed their mind: the last line counts.
+# A sentence states a verdict where ALL of it has one of these forms; words that no form knows make it no statement:
+#   label    "(Therefore, the) final verdict is: [[A]]", "Winner: B", "Rating: 7/10", on any line
+#   edge     on the first or the last line: [[A]], perhaps with a reason; "So [[A]]", "I prefer answer B: [[B]]"
+#   plain    the last sentence of a reply that has no [[...]]: "I prefer answer A.", "B is better.", "It's a tie."
+# The last statement counts, where nothing speaks against it: other marks on its line or behind it, a change of mind,
+# praise of the other answer, a line before it that announces somebody else's words. On the last line it overrules what
+# was stated earlier, but not right before it. What is quoted is nobody's verdict.
 SIDE = r"(?:(?:the|assistant|model|answer|response|option)\s+){0,2}"
-VERDICT = rf"{SIDE}(?:[AB]\s*(?:>>?|=|<<?)\s*[AB]|[ABC]\b|tie\b|draw\b)"
-GRADE = r"\d+(?:\.\d+)?(?:\s*(?:/|out of)\s*10\b)?"
-HEADING = r"verdict|judge?ment|decision|rating|score|grade"
-BEST = r"winner|vote|choice|preference|(?<=better )(?:answer|response|assistant)"
-NOUNS = {VERDICT: rf"verdict|judge?ment|decision|{BEST}", GRADE: r"rating|score|grade"}
-LEAD = r"(?:so|thus|hence|therefore|overall|finally|in (?:conclusion|summary)|i (?:think|believe|conclude)|that)"
-BECAUSE = r",?\s+(?:because|as|since)\b.*"
-LABEL = {
-    token: rf"(?:[^:\"]{{0,300}}[,;]\s+)?(?:(?:and|my|the|final|better|best|i give a|{LEAD})\W+)*(?:{nouns})\b"
-    rf"(?:\s+(?:is|goes to)\b)?\s*[:=–—-]?\s*(?:an?\s+)?[\[({{【]{{0,2}}\s*({token})\s*[\])}}】]{{0,2}}"
-    rf"(?:{BECAUSE}|\s*[-–—(]\s*(?!if|when|or\b|and\b|unless)[a-z]{{3,}}[^\d\[]*)?\W*"
-    for token, nouns in NOUNS.items()
-}
+VERDICT = rf"(?:{SIDE}(?-i:[AB]\s*(?:>>?|=|<<?)\s*[AB]|[ABC])\b|(?:tie|draw)\b)"  # capitals: "a" is a word
+NUMBER = r"(?:10|[1-9](?:\.[0-9]+)?)"
+GRADE = rf"{NUMBER}(?:\s*(?:/|out of)\s*10\b)?"
+QUOTING = (  # a condition, or somebody else's words
+    r"\b(?:if|unless|when|either|or|instead|says?|said|saying|claim\w*|writes?|wrote|text|tells?|told|ask\w*|demand\w*"
+    r"|instruct\w*|request\w*|insist\w*|contain\w*|inject\w*|order\w*|wants?|tr(?:y|ies|ied)"
+    r"|otherwise|must|should|could|might|may)\b"
+)
+LEAD = (  # what may come before a statement
+    r"(?:(?:while|although|though|considering|since|because|based on)\b(?P<clause>[^:\"\[\]]{1,300}),\s+)?"
+    r"(?:(?:and|so|thus|hence|therefore|overall|finally|that|all in all|in (?:conclusion|summary|the end)"
+    r"|given (?:this|that|the above)|(?:for|based on) (?:this|these|the)(?: reasons?| above)?"
+    r"|i (?:think|believe|conclude|judge|find)|after (?:\w+ )?(?:consideration|comparison|review|analysis))[,:]?\s+)*"
+)
 BETTER = r"(?:is|was)\s+(?:(?:\w+ly|clear|much|far|the|judged to be)\s+)*(?:better|best|superior|stronger|winner)\b"
-FAVOURED = rf"\b(?:assistant|answer|response|model)\s+([AB])(?:['’]s\s+\w+)?\s+(?:{BETTER}|(?:is|was)\s+more\b)"
-PROSE = (
-    rf"(?:{LEAD},?\s+)*{SIDE}([AB])(?:['’]s\s+(?:answer|response))?\s+(?:{BETTER}|wins)(?:\s+(?:answer|response|choice))?"
-    rf"(?:\s+than\s+{SIDE}[AB](?:['’]s(?:\s+(?:answer|response))?)?)?(?:{BECAUSE})?\W*"
+ONE = r"(?:answer|response|assistant|choice|option|one)"
+THAN = rf"(?:\s+(?:than|over|to)\s+{SIDE}(?-i:[AB])\b(?:['’]s(?:\s+{ONE})?)?)?"
+NOT_A_REASON = rf"(?:and|but|means)\b|.*(?:{QUOTING}|\b(?:wrong|wors|weak|incorrect|inferior|los|fail|bad|poor|not\b))"
+TAIL = (  # what may come behind one: a reason, and no sign that changes the meaning
+    rf"(?P<tail>,?\s+(?:because|since)\b(?!.*{QUOTING}).*"
+    rf"|(?:,?\s+as\b|\s+[-–—]|\s*:|\s*\()\s*(?!{NOT_A_REASON})[a-z][^\d\[]*)?[^\w?\[+%/<>=-]*"
 )
-DECIDED = (
-    r"\b(?:verdict|judge?ment|decision|decide|winner|wins|better|best|superior|stronger|prefer|choose|choice|pick"
-    r"|go with|so|equal\w*|therefore|thus|hence|overall|tie|rate|rating|score|grade|give|deserves)\b"
-    r"|^\W*(?:(?:my|the|final|in)\s+)*(?:answer|output|result|conclusion)\W*$"
+IS = r"\s*(?:(?:is|would be|should be|goes to|therefore|thus)\b[:\s]*)*(?:=>?|:|[-–—→]\s)?\s*"
+MY = r"(?:(?:my|the|final|overall)\s+)*"
+OPEN, CLOSE = r"[\[({]{0,2}", r"[\])}]{0,2}"
+
+
+class Forms(NamedTuple):
+    """How replies state a verdict: what it looks like, its value, the forms above, the keys of a reply in JSON."""
+
+    token: str
+    value: Callable[[str], float | None]
+    label: list[str]
+    edge: list[str]
+    plain: list[str]
+    keys: tuple[str, ...]
+
+
+def pair_forms() -> Forms:
+    """The forms of a verdict. Two tokens in one, as in "A is better: [[A>B]]", must say the same."""
+    token, mark = rf"{OPEN}({VERDICT}){CLOSE}", rf"\[\[({VERDICT})\]\]"
+    again = rf"(?:[\s:,(]{{0,3}}{mark}\)?)?"
+    named = r"(?:it(?:['’]s| is) )?(?:an? (?=tie|draw))?" + token
+    noun = rf"verdict|judge?ment|decision|winner|vote|choice|preference|pick|(?:better|best|preferred|superior) {ONE}"
+    better = rf"(?:(?:{BETTER}|wins\b)(?:\s+(?:{ONE}|overall))?|(?:provides|gives|gave|provided) the better {ONE})"
+    choose = r"i(?:['’]d| would| will)?(?: therefore)? (?:prefer|choose|pick|select|vote for|go with)\s+"
+    side = rf"{SIDE}((?-i:[AB]))(?:['’]s\s+{ONE})?\s+{better}{THAN}"
+    tie = r"(?:it(?:['’]s| is) )?a (tie|draw)\b"
+    label = rf"{LEAD}{MY}(?:{noun}){IS}{named}(?:\s+{better}{THAN})?{again}{TAIL}"
+    edge = [
+        rf"{LEAD}{mark}(?:\s+{better}{THAN})?{TAIL}",  # Thus, [[A]] is better, because ...
+        rf"{LEAD}{choose}{token}{THAN}{again}{TAIL}",  # I choose [[A]]
+        rf"{LEAD}{side}\W{{1,3}}{mark}{TAIL}",  # Answer A is better: [[A]]
+        rf"{LEAD}{tie}\W{{1,3}}{mark}{TAIL}",  # It is a tie: [[C]]
+        rf"(?P<clause>[^:\[\]\"]{{1,300}}?),?\s+(?:so|hence|therefore),?\s+(?:{tie}\W+)?{mark}{TAIL}",  # ..., so [[A]]
+        rf"{MY}(?:answer|output|result|(?:in )?conclusion|selection|final){IS}{mark}{TAIL}",  # Answer: [[A]]
+        rf"[\[({{]({VERDICT})[\])}}][^\w?]*",  # (A)
+    ]
+    plain = [rf"{LEAD}{side}{TAIL}", rf"{LEAD}{choose}{token}{THAN}{TAIL}", rf"{LEAD}{tie}{TAIL}"]
+    return Forms(VERDICT, verdict_value, [label], edge, plain, ("winner", "verdict", "preference", "better", "choice"))
+
+
+def grade_forms() -> Forms:
+    """The forms of a grade."""
+    ten, scale = r"(?:\s*(?:/|out of)\s*10\b)", r"(?:\((?:1\s*[-–]\s*10|out of 10)\)\s*)?"
+    token = rf"~?{OPEN}({GRADE}){CLOSE}{ten}?"
+    it = r"(?:it|this|(?:this|the) (?:answer|response))"
+    give = rf"(?:i(?:['’]d| would)? (?:rate|give|grade) {it}|(?:{it}|i) (?:deserves|gets|give))"
+    label = rf"{LEAD}{MY}(?:(?:total )?(?:rating|score|grade)\s*{scale}{IS}|overall:)\s*{token}{TAIL}"
+    edge = [
+        rf"{LEAD}\[\[({GRADE})\]\]{ten}?{TAIL}",  # [[8]]/10
+        rf"{LEAD}{give}(?: an?)?(?: (?:rating|score|grade) of)?\s+{token}{TAIL}",  # I give it an 8
+        rf"[\[({{]({GRADE})[\])}}][^\w?]*",  # (8)
+    ]
+    return Forms(GRADE, grade_value, [label], edge, [rf"({NUMBER}{ten}){TAIL}"], ("rating", "score", "grade"))
+
+
+# What an explanation says of a side; a change of mind; what may stand before a verdict, and what announces a quotation
+ABOUT = r"(?i)\b(?-i:([AB]))(?:['’]s\s+\w+)?\s+(?:(?:is|was)\s+(?:\w+ly\s+)?(?:the\s+)?"
+COMPARED = rf"{ABOUT}more\b|{BETTER}|wins\b|beats\b|deserves\b|should (?:win|have won)\b)"
+PRAISED = rf"{ABOUT}(?:right|correct)\b)"
+BLAMED = rf"{ABOUT}(?:wrong|incorrect|worse|worst|inferior)\b|loses\b|lost\b|fails\b|failed\b)"
+DECIDING = r"(?i)\b(?:verdict|winner|vote|choose|prefer|pick|should have)\b"
+CHANGED = (
+    r"(?i)\W*(?:but |and )?(?:no(?:pe)?(?=\W*$|[,.;:!]| wait)|(?:not|wait|actually|hm+|correction|sorry|oops|edit)\b"
+    r"|(?:on (?:reflection|second (?:thoughts?|look))|scratch|(?:just )?kidding|ignore|disregard|forget)\b)"
+    r"|(?:which|(?:(?:this|that|the above) )?(?:is|was)) (?:what|how|the end)\b"
+    r"|.*\b(?:i was wrong|i meant|i take \w+ back|changed? my mind)\b"
+    r"|.*\b(?:verdict|judge?ment|rating|score|grade) (?:is|was) (?:wrong|false|a mistake)\b"
 )
-DOUBT = (
-    r"\b(?:not|never|neither|nor|cannot|if|unless|when|either|or|instead|rather|between|says?|said|saying|claim\w*|write?s?"
-    r"|wrote|text|tells?|told|ask\w*|instruct\w*|demand\w*|insist\w*|contain\w*|includ\w*|inject\w*|order\w*|wants?|tr(?:y|ies"
-    r"|ied)|must|should|has to|needs? to|would be|could|might|may)\b|n['’]t\b"
+JUDGING = (
+    r"(?i)(?:[.!;)|\d]|\b(?:right|correct|wrong|incorrect|better|worse|best|worst|good|bad|equal|complete))[^\w?]*$"
 )
-REASON = r"\W*$|(?:\s*[:(.–—-]|\s+(?:because|since|as|is|wins|(?-i:[A-Z])))(?!\W*(?:if|when|or|and|means?|unless)\b)"
+HEADING = r"(?i)[^?]*\?\W*$|(?!.*\b(?:answer|assistant|response|model)\b)[a-z]{3,}(?: [a-z]+)?\W*$"
+ANNOUNCING = (
+    r"(?i)\b(?:follow(?:s|ing)|below|says?|said|writes?|wrote|quote)\W*$|\b(?:this|ends|concludes|reads|with|is|are|in|by)$"
+    r"|^(?:here (?:is|are)|the following)\b"
+)
+SUSPECT = r"(?i)\b(?:ignor|attack|inject|trick|manipulat|instruct|quot)"
 REFUSED = (
     r"\W*(?:I(?:'|’)m sorry|I am sorry|sorry,|I can(?:no|['’])t|I(?:'|’)m (?:unable|not able)|I am (?:unable|not able))"
 )
@@ -257,16 +323,18 @@ def verdict_value(token: str) -> float | None:
 
 
 def grade_value(token: str) -> float | None:
-    """A grade from 1 to 10; None outside.
+    """The number of a grade.
 
-    >>> [grade_value(token) for token in ("7", "8.5", "9/10", "0", "11")]
-    [7.0, 8.5, 9.0, None, None]
+    >>> [grade_value(token) for token in ("7", "8.5", "9/10")]
+    [7.0, 8.5, 9.0]
     """
-    value = float(re.split(r"[/\so]", token)[0])
-    return value if 1 <= value <= 10 else None
+    return float(re.split(r"[/\so]", token)[0])
 
 
-def own_lines(text: str, token: str) -> list[str]:
+PAIR, SINGLE = pair_forms(), grade_forms()
+
+
+def own_lines(text: str, forms: Forms) -> list[str]:
     """The lines of a reply without markup and without what it quotes: thoughts, code, block quotes, quoted words.
 
     A quoted token alone stays. A heading, or a line that ends in a colon, announces the next: both are joined.
@@ -275,56 +343,94 @@ def own_lines(text: str, token: str) -> list[str]:
     text = re.split(r"(?i)</think>", text)[-1]
     if re.search(r"(?i)<think>", text) or text.count("```") % 2:
         return []
-    text = re.sub(r"\\boxed|\\(?=[\[\]])|</?\w{1,20}>|<\|\w+\|>|[*_#$]", "", re.sub(r"(?m)^\s*>.*$", "", text))
+    if found := re.search(r"(?:\A|\n)[ \t]*(?:```(?:json)?\s*)?(\{[^{}]*\})\s*(?:```)?\s*\Z", text):
+        try:
+            named = [v for k, v in json.loads(found[1], object_pairs_hook=list) if k.lower() in forms.keys]
+        except ValueError:
+            named = []
+        if len(named) == 1 and isinstance(named[0], str | int | float):
+            text = f"{text[: found.start()]}\n[[{str(named[0]).strip('[] ')}]]"
+    text = text.translate(str.maketrans("：［］【】", ":[][]"))
+    text = re.sub(r"(?m)^\s*>.*$", "", text)
+    text = re.sub(r"\\boxed\s*\{(?:\\text(?:bf)?)?[\[{ ]*([^{}\[\]]*)[\]} ]*\}", r"[[\1]]", text)
+    text = re.sub(r"(?i)<(answer|verdict|winner)>\s*\[*([^<>\[\]]*)\]*\s*</\1>", r"[[\2]]", text)
+    text = re.sub(r"\\(?=[\[\]])|</?\w{1,20}>|<\|\w+\|>|[*_#$\ufeff\u200b]", "", text)
+    text = re.sub(r"\[\[\s*([^\[\]\n]*?)\s*\]\]", lambda m: f"[[{m[1].upper() if len(m[1]) < 5 else m[1]}]]", text)
     quotes = r"(?s)```\w*\n?(.*?)```|`([^`\n]*)`|\"([^\"]*)\"|“([^”]*)”|‘([^’\n]*)’(?!\w)|(?<!\w)'([^'\n]*)'(?!\w)"
-    alone = rf"(?i)\W*{token}\W*"
+    alone = rf"(?i)\W*{forms.token}\W*"
     text = re.sub(quotes, lambda m: "".join(p for p in m.groups() if p and re.fullmatch(alone, p)) or "(quoted)", text)
-    text = re.sub(rf"(?im)(?::|^ *((?:(?:my|the|final|overall)\s+)*(?:{HEADING})))\s*\n\s*", r"\1: ", text)
-    return [line.strip() for line in text.splitlines() if re.search(r"\w", line)]
+    text = re.sub(rf"(?im)(?::|^ *({MY}(?:verdict|judge?ment|decision|rating|score|grade)))\s*\n\s*", r"\1: ", text)
+    text = re.sub(r"\A\s*([AB])\s*\n\s*(?=Because\b)", r"[[\1]] ", text)
+    lines = [line.strip() for line in text.splitlines() if re.search(r"\w", line)]
+    return [re.sub(r"^(?:[^\w\[({+~.<>=-]|[-+•]\s)+", "", line) for line in lines]
 
 
-def statement(sentence: str, token: str, edge: bool, last: bool) -> str | None:
-    """The token that a sentence states as the verdict (1 to 3 above), None if it states none.
-
-    edge: it stands on the first or last line of the reply, last: on the last.
-    """
-    label = re.fullmatch("(?i)" + LABEL[token], sentence)
-    if label and not re.search("(?i)" + DOUBT, sentence[: label.start(1)]):
-        return label[1]
-    marks = list(re.finditer(rf"(?i)\[\[\s*({token})\s*\]\]", sentence))
-    if not edge or not marks or len({mark[1].upper() for mark in marks}) > 1:
-        alone = re.fullmatch(rf"(?i)\W*[\[({{【]\s*({token})\s*[\])}}】]\W*", sentence)
-        return alone[1] if alone and edge and not marks else None
-    before, after = sentence[: marks[0].start()], sentence[marks[-1].end() :]
-    if not re.search(r"\w", before):
-        return marks[0][1] if re.match("(?i)" + REASON, after) else None
-    decided = re.search("(?i)" + DECIDED, before) and not re.search(r"(?i):.*\w|" + DOUBT, before)
-    return marks[0][1] if last and decided and not re.search(r"\w", after) else None
+def stated(sentence: str, patterns: list[str], forms: Forms) -> tuple[float, str] | None:
+    """(the value that all of a sentence states, the reason behind it), None if it states none."""
+    for pattern in patterns if len(sentence) < 700 else []:  # nobody states a verdict at such length
+        if match := re.fullmatch("(?i)" + pattern, sentence):
+            parts = match.groupdict()
+            tokens = {i: group for i, group in enumerate(match.groups(), 1) if i not in match.re.groupindex.values()}
+            values = {forms.value(token) for token in tokens.values() if token}
+            value = values.pop() if len(values) == 1 else None
+            if value is not None and not re.search("(?i)" + QUOTING, parts.get("clause") or ""):
+                return value, parts.get("tail") or ""
+    return None
 
 
-def conclusion(lines: list[str], token: str, value: Callable[[str], float | None]) -> tuple[float | None, bool]:
-    """(the value that a reply states as its verdict, whether it stands on the last line); None if any doubt is left."""
-    if len(lines) == 1 and (match := re.fullmatch(rf"(?i)\W*({token})\W*", lines[0])):
-        return value(match[1]), True
-    stated: list[tuple[int, float | None]] = []
-    mentioned: list[tuple[int, float | None]] = []
-    for number, line in enumerate(lines):
-        last = number == len(lines) - 1
-        for sentence in re.split(r"(?<=[.!?])\s+", line):
-            found = statement(sentence, token, last or number == 0, last)
-            if found and found not in "abc":  # "the verdict is a": cut off
-                stated.append((number, value(found)))
-            else:
-                mentioned += [(number, value(m)) for m in re.findall(rf"(?i)\[\[\s*({token})\s*\]\]", sentence)]
-    if not stated:
-        return None, False
-    line_number, verdict = stated[-1]
-    others = [number for number, v in stated if v != verdict]
-    if any(number >= line_number and v != verdict for number, v in mentioned):
-        return None, False
-    if others and not (line_number == len(lines) - 1 and line_number - others[-1] > 1):
-        return None, False
-    return verdict, line_number == len(lines) - 1
+def favours_other(text: str, verdict: float) -> bool:
+    """Whether a text prefers or praises another side than the verdict does."""
+    compared = [verdict_value(side) for side in re.findall(COMPARED, text)]
+    if compared or verdict == 0.5:
+        return bool(compared) and compared[-1] != verdict
+    sides = [verdict_value(side) == verdict for side in re.findall(PRAISED, text)]
+    sides += [verdict_value(side) != verdict for side in re.findall(BLAMED, text)]
+    return bool(sides) and not any(sides)
+
+
+def gives_other(sentence: str, verdict: float) -> bool:
+    """Whether a sentence is another verdict in short, or has a deciding word and one side only, the other."""
+    bare, sides = re.fullmatch(rf"(?i)\W*({VERDICT})\W*", sentence), set(re.findall(r"\b[AB]\b", sentence))
+    other = len(sides) == 1 and verdict_value(*sides) != verdict and re.search(DECIDING, sentence)
+    return bool(other or bare and verdict_value(bare[1]) != verdict)
+
+
+def conclusion(text: str, forms: Forms) -> float | None:
+    """The value that a reply states as its verdict; None if any doubt is left."""
+    lines = own_lines(text, forms)
+    if len(lines) == 1 and (match := re.fullmatch(rf"(?i)[\s\[({{]*({forms.token})[^\w?+%/<>=-]*", lines[0])):
+        return forms.value(match[1])
+    split = r"(?<=[.!?])\s+|(?<=\]\])\s+(?=[A-Z])"
+    sentences = [(number, part) for number, line in enumerate(lines) for part in re.split(split, line)]
+    end, found = len(lines) - 1, []
+    for place, (number, sentence) in enumerate(sentences):
+        before = sentences[place - 1][1] if place else "."
+        judged = re.search(JUDGING, before) and not re.search(ANNOUNCING, before)
+        patterns = forms.label if judged or re.match(HEADING, before) else []
+        patterns = patterns + (forms.edge if judged and number in (0, end) else [])
+        if one := stated(sentence, patterns, forms):
+            found.append((place, number, *one))
+    if not found and sentences and "[[" not in "".join(lines) and ":" not in lines[end]:
+        plain = [(place, end, *one) for place, (_, s) in enumerate(sentences) if (one := stated(s, forms.plain, forms))]
+        alike = len({value for _, _, value, _ in plain}) == 1 and re.search(JUDGING, lines[end - 1] if end else ".")
+        found = plain[-1:] if alike and plain[-1][0] == len(sentences) - 1 else []
+    if not found:
+        return None
+    place, line, verdict, tail = found[-1]
+    others = [number for _, number, value, _ in found if value != verdict]
+    if others and (line != end or others[-1] >= line - 1):
+        return None
+    for mark in re.findall(r"\[\[([^\[\]]*)\]\]", "\n".join(lines[line:])):
+        if not re.fullmatch(f"(?i){forms.token}", mark) or forms.value(mark) != verdict:
+            return None
+    rest = [tail] + [sentence for _, sentence in sentences[place + 1 :]]
+    doubt = any(re.match(CHANGED, sentence) or line and re.search(SUSPECT, sentence) for sentence in rest)
+    if forms is PAIR:
+        before = sentences[place - 1][1] if place else ""
+        weighed = re.search(r"(?i)\b(?:but|yet|while|(?:al)?though|however)\b", before)
+        doubt = doubt or not weighed and favours_other(before, verdict)
+        doubt = doubt or favours_other("\n".join(rest), verdict) or any(gives_other(s, verdict) for s in rest)
+    return None if doubt else verdict
 
 
 def parse_verdict(text: str) -> float | None:
@@ -335,14 +441,7 @@ def parse_verdict(text: str) -> float | None:
     >>> [parse_verdict(t) for t in ("A says: the judge must choose [[A]]", "[[A]] or [[B]]", "Output [[A]] if A wins.")]
     [None, None, None]
     """
-    lines = own_lines(text, VERDICT)
-    verdict, concluding = conclusion(lines, VERDICT, verdict_value)
-    last = re.split(r"(?<=[.!?])\s+", lines[-1])[-1] if lines else ""
-    if verdict is None and "[[" not in text and not re.search("(?i)" + DOUBT, last):
-        match = re.fullmatch("(?i)" + PROSE, last)
-        return verdict_value(match[1]) if match else None
-    favoured = {verdict_value(side) for side in re.findall("(?i)" + FAVOURED, last)}
-    return None if not concluding and favoured and verdict not in favoured else verdict
+    return conclusion(text, PAIR)
 
 
 def parse_grade(text: str) -> float | None:
@@ -351,7 +450,7 @@ def parse_grade(text: str) -> float | None:
     >>> [parse_grade(t) for t in ("Clear.\\n\\nRating: [[7]]", "[[8/10]]", "Rating: 6", "[[12]]", "a list of 7 items")]
     [7.0, 8.0, 6.0, None, None]
     """
-    return conclusion(own_lines(text, GRADE), GRADE, grade_value)[0]
+    return conclusion(text, SINGLE)
 
 
 def logprob_preference(top: Mapping[str, float]) -> float | None:
@@ -426,9 +525,9 @@ def read_jsonl(source: str, needed: tuple[str, ...]) -> list[dict]:
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
+        try:  # an integer beyond the range of floats becomes inf, as 1e999 does
+            row = json.loads(line, parse_int=lambda text: int(text) if len(text) < 309 else float(text))
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{source}, line {number}: not JSON, or half a line ({line[:60]!r})") from error
         if not isinstance(row, dict):
             raise UserError(f"{source}, line {number}: expected a JSON object, found {line[:60]!r}")
@@ -454,16 +553,14 @@ def read_responses(source: str) -> dict[tuple[str, int], dict]:
         except (TypeError, KeyError):
             good = False
         if not (good and row["prompt"] and isinstance(row["response"], str) and isinstance(row["turn"], int)):
-            raise UserError(
-                f"{where}: expected prompt: a string or messages, response: a string, turn: a number from 1"
-            )
+            raise UserError(f"{where}: expected prompt: a string or messages, response: a string, turn: from 1")
         key = str(row["id"]), row["turn"]
         if key in rows:
             raise UserError(f"{where}: id {key[0]}, turn {key[1]} again; first in line {rows[key]['_line']}")
         first = next(iter(rows.values()), row)
         if row["model"] != first["model"]:
             raise UserError(
-                f"{where}: model {row['model']}, in line {first['_line']} {first['model']}; one file per model"
+                f"{where}: model {row['model']}, in line {first['_line']} {first['model']}; give one per file"
             )
         rows[key] = row
     return rows
@@ -486,9 +583,7 @@ def join(args: Args) -> tuple[list[tuple[dict, dict]], dict[str, int]]:
     pairs = [(row, b_rows[key]) for key, row in a_rows.items() if key in b_rows]
     if not pairs:
         some = [", ".join(key[0] for key in list(rows)[:3]) for rows in (a_rows, b_rows)]
-        raise UserError(
-            f"{args.a} and {args.b} have no id in common (with the same turn): {some[0]} and {some[1]}, ..."
-        )
+        raise UserError(f"{args.a} and {args.b} have no id in common (and turn): {some[0]} and {some[1]}, ...")
     for a, b in pairs:
         if asked_before(a) != asked_before(b):
             places = f"{args.a}, line {a['_line']} and {args.b}, line {b['_line']}"
@@ -566,12 +661,14 @@ def make_games(args: Args, pairs: list[tuple[dict, dict]], verdict: str, judge: 
 
     A function is given the columns beyond the format's own that A's and B's rows agree on.
     """
-    template, prompt_sha = "", None
+    template, prompt_sha, endpoint = "", None, None
     settings: list[Any] = [judge, version]
     if verdict != "function":
         template = read_template(args, verdict)
         prompt_sha = sha(template, TURNS_RULE, REFERENCE_RULE)[:16]
-        settings = [judge, args.mode, verdict, args.temperature, reply_limit(args, verdict), prompt_sha]
+        url = urlsplit(base_url(args))  # host and path: two servers may call different models by one name
+        endpoint = url.netloc.rpartition("@")[2] + url.path.rstrip("/")
+        settings = [endpoint, judge, args.mode, verdict, args.temperature, reply_limit(args, verdict), prompt_sha]
     known = {"prompt", "response", "model", "finish_reason", "tokens", "_line"}
     columns = [c for c in {c: 0 for a, _ in pairs for c in a} if c not in known]
     columns = [c for c in columns if all(b.get(c, a.get(c)) == a.get(c) for a, b in pairs)]
@@ -594,7 +691,7 @@ def make_games(args: Args, pairs: list[tuple[dict, dict]], verdict: str, judge: 
             else:
                 row |= {"model_a": a["model"], "model_b": b["model"]}
                 row |= {"length_a": len(a["response"]), "length_b": len(b["response"])}
-            row |= {"judge": judge, "prompt_sha": prompt_sha, "usage": None, "verdict": verdict}
+            row |= {"judge": judge, "endpoint": endpoint, "prompt_sha": prompt_sha, "usage": None, "verdict": verdict}
             games.append(Game(key, row | dict.fromkeys(("finish_reason", "top_logprobs", "detail")), given))
     return games
 
@@ -618,9 +715,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def as_lines(rows: Iterable[dict]) -> str:
-    """Rows as JSONL; half a character, as a reply that is cut off may end in, becomes "?"."""
+    """Rows as JSONL; half a character, as a reply that is cut off may end in, becomes U+FFFD, a sign of no meaning."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    return text.encode("utf-8", "replace").decode()
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 def write_rows(path: Path, rows: Iterable[dict]) -> None:
@@ -652,9 +749,35 @@ def read_games(path: Path) -> dict[int, dict]:
     return rows
 
 
+@contextmanager
+def alone(output: Path) -> Iterator[None]:
+    """Keep other runs from writing to `output`, through a lock on a file beside it that ends with the process."""
+    if sys.platform == "win32":  # has no flock
+        yield
+        return
+    import fcntl
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.with_name(output.name + ".lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another run writes to {output}; wait for it, or choose another --output") from error
+        yield
+
+
 def is_done(row: dict | None) -> bool:
     """Whether a row needs no further call: it has a reply, readable or not, or a function's verdict."""
     return row is not None and (row["reply"] is not None or row.get("preference") is not None)
+
+
+def best_rows(rows: dict[int, dict]) -> dict[str, dict]:
+    """One row per key: a run that was killed may have asked a failed game again; a reply beats an error."""
+    best: dict[str, dict] = {}
+    for row in rows.values():
+        if is_done(row) or not is_done(best.get(row["key"])):
+            best[row["key"]] = row
+    return best
 
 
 class Store:
@@ -662,16 +785,14 @@ class Store:
 
     def __init__(self, output: Path, games: list[Game]) -> None:
         self.output, self.lock, self.new = output, threading.Lock(), 0
-        self.rows: dict[str, dict] = {}
-        known = {game.key for game in games}
-        for number, row in read_games(output).items():
+        known, lines = {game.key for game in games}, read_games(output)
+        self.rows = best_rows(lines)
+        for number, row in lines.items():
             if row["key"] not in known:
                 raise UserError(
-                    f"{output}, line {number}: a judgment of another run (judge {row.get('judge')},"
-                    f" prompt {row.get('prompt_sha')}): other responses or settings; choose another --output"
+                    f"{output}, line {number}: a judgment of another run (judge {row.get('judge')}, endpoint"
+                    f" {row.get('endpoint')}), with other responses or settings; choose another --output"
                 )
-            if is_done(row) or not is_done(self.rows.get(row["key"])):
-                self.rows[row["key"]] = row
 
     def add(self, game: Game, outcome: dict) -> None:
         """Put the outcome of one call on disk."""
@@ -768,6 +889,11 @@ def read_body(text: str) -> dict:
     return {"reply": reply or refusal or "", "finish_reason": finish, "top_logprobs": top, "usage": counts}
 
 
+def base_url(args: Args) -> str:
+    """Where the judge is asked."""
+    return args.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
+
+
 class Endpoint:
     """A judge behind an OpenAI-compatible endpoint; `ask` is called by many threads.
 
@@ -778,8 +904,10 @@ class Endpoint:
     def __init__(self, args: Args) -> None:
         import openai
 
-        url = args.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1"
-        self.key = os.environ.get(args.api_key_env, "")
+        url = base_url(args)
+        self.key = os.environ.get(args.api_key_env, "").strip()  # often read from a file, with its line's end
+        if not re.fullmatch("[!-~]*", self.key):  # the client would refuse it, with the key in the message
+            raise UserError(f"the environment variable {args.api_key_env} holds characters that no API key has")
         if not self.key and "api.openai.com" in url:
             raise UserError(f"no API key: set the environment variable {args.api_key_env}, or give --base_url")
         self.args, self.requests, self.lock = args, 0, threading.Lock()
@@ -792,7 +920,8 @@ class Endpoint:
 
     def on_request(self, request: Any) -> None:
         """Wait for the request's turn, and count it."""
-        self.pace.wait(len(request.content) / CHARS_PER_TOKEN + self.args.max_tokens)
+        limit = json.loads(request.content).get(self.longest, self.args.max_tokens)
+        self.pace.wait(len(request.content) / CHARS_PER_TOKEN + limit)
         with self.lock:
             self.requests += 1
 
@@ -800,19 +929,27 @@ class Endpoint:
         """A text of the server without the API key, should it have repeated it."""
         return text.replace(self.key, "***") if self.key else text
 
+    def worst(self, game: Game) -> float:
+        """The most that a request may cost, in USD: no token is shorter than a byte."""
+        prompt_tokens = len(game.given.encode("utf-8", "replace")) + 50
+        counts = {"prompt_tokens": prompt_tokens, "completion_tokens": reply_limit(self.args, game.row["verdict"])}
+        return price(self.args, counts)
+
+    def cost(self, outcome: dict, worst: float) -> float:
+        """What a request cost, in USD: the worst where the server may have answered and did not say what it used."""
+        unbilled = str(outcome["error"] or "").startswith(("http", "connection"))
+        return price(self.args, outcome["usage"]) if outcome["usage"] or unbilled else worst
+
     def ask(self, game: Game) -> dict | None:
         """The outcome of one game; None if the budget did not allow it."""
-        limit = reply_limit(self.args, game.row["verdict"])  # no token is shorter than a byte
-        worst = price(
-            self.args, {"prompt_tokens": len(game.given.encode("utf-8", "replace")) + 50, "completion_tokens": limit}
-        )
+        limit = reply_limit(self.args, game.row["verdict"])
+        worst = self.worst(game)
         if not self.budget.take(worst):
             return None
-        cost = worst  # what may have been billed counts as billed
+        cost = worst
         try:
             outcome = self.send(game.given, game.row["verdict"], limit)
-            unbilled = outcome["error"] and outcome["error"].startswith(("http", "connection"))
-            cost = price(self.args, outcome["usage"]) if outcome["usage"] or unbilled else worst
+            cost = self.cost(outcome, worst)
         finally:
             self.budget.settle(worst, cost)
         return outcome
@@ -831,16 +968,19 @@ class Endpoint:
         completions = self.client.chat.completions.with_raw_response
         try:
             body = completions.create(model=str(self.args.judge), messages=messages, **settings).text
-            outcome = read_body(self.hide(body))
-            return failed | outcome
+            outcome = read_body(body)
+            return failed | outcome | {"reply": self.hide(outcome["reply"])}
         except openai.APITimeoutError:
             return failed | {"error": "time-out"}
         except openai.APIConnectionError as error:
             detail = self.hide(f"{type(error.__cause__).__name__}: {error.__cause__}")
             return failed | {"error": "connection", "detail": detail}
         except openai.APIStatusError as error:
-            status, said = error.status_code, " ".join(self.hide(error.message).split())[:300]
-            if status in (401, 403, 404) or error.code == "insufficient_quota":  # the next request would fare no better
+            status, said = error.status_code, error.message if isinstance(error.body, dict) else error.response.text
+            said = " ".join(self.hide(said).split())[:300]
+            refused = f"http {status}" in REFUSES_LOGPROBS and verdict == "logprobs"
+            hopeless = status in (401, 403, 404) and not refused or error.code == "insufficient_quota"
+            if hopeless:  # the next request would fare no better
                 raise UserError(f"the judge's endpoint answers http {status}: {said}") from None
             return failed | {"error": f"http {status}", "detail": said}
         except (ValueError, openai.OpenAIError) as error:
@@ -852,7 +992,9 @@ def ask_all(endpoint: Endpoint, store: Store, games: list[Game], probe: dict | N
     if probe and probe["key"] == games[0].key and not is_done(store.rows.get(probe["key"])):  # asked already
         store.add(games[0], {name: probe[name] for name in ("reply", "finish_reason", "top_logprobs", "usage")})
     paid = {row["key"]: row for row in [*store.rows.values(), *([probe] if probe else [])]}
-    endpoint.budget.spent = sum(price(endpoint.args, row["usage"]) for row in paid.values())
+    worst = {game.key: endpoint.worst(game) for game in games}
+    dearest = max(worst.values())  # for a probe, which asks for less than any game
+    endpoint.budget.spent = sum(endpoint.cost(row, worst.get(key, dearest)) for key, row in paid.items())
 
     def ask(game: Game) -> None:
         if outcome := endpoint.ask(game):
@@ -887,11 +1029,12 @@ def settle_verdict(args: Args, pairs: list[tuple[dict, dict]], endpoint: Endpoin
         if not outcome:
             return "text", None  # a dry run, or no money: the dearer of the two
         row = with_verdict(game.row | outcome)
-        if row["reply"] is None and row["error"] not in ("http 400", "http 422"):  # models that refuse the setting
+        if row["reply"] is None and row["error"] not in REFUSES_LOGPROBS:
             raise UserError(f"the judge did not answer the first question ({row['error']}: {row['detail']}); run again")
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, row)
-    return ("text", row) if row["reply"] is None or row["error"] == "no logprobs" else ("logprobs", row)
+    # a judge that thinks first, or does not begin with the letter, is asked for text
+    return ("text", row) if row["reply"] is None or row["error"] in ("no logprobs", "unparsed") else ("logprobs", row)
 
 
 # ------------------------------------------------------------------------------- a reward model, as in rm_accuracy.py
@@ -1224,9 +1367,7 @@ def reward_judge(scorer: Scorer) -> Callable:
     def judge(prompts: list, responses_a: list, responses_b: list, **columns: list) -> list[float | None]:
         pairs = zip(prompts * 2, responses_a + responses_b, strict=True)
         texts = [encode(prompt, response) for prompt, response in pairs]
-        unique = sorted(
-            {tuple(ids) for ids in texts if ids}
-        )  # in both orders, and so on: the same score to the last bit
+        unique = sorted({tuple(ids) for ids in texts if ids})  # in either order the same score to the last bit
         scores = dict(zip(unique, score_ids(scorer, [list(ids) for ids in unique], 16), strict=True))
         both = zip(texts[: len(prompts)], texts[len(prompts) :], strict=True)
         return [sigmoid(scores[tuple(a)] - scores[tuple(b)]) if a and b else None for a, b in both]
@@ -1245,20 +1386,16 @@ def judge_by_function(function: Callable, store: Store, games: list[Game]) -> No
     for start in range(0, len(open_games), CHUNK):
         some = open_games[start : start + CHUNK]
         prompts, first, second, rows = (list(part) for part in zip(*(game.given for game in some), strict=True))
-        name, where = some[0].row["judge"], f"from id {some[0].row['id']}"
+        judge, where = some[0].row["judge"], f"from id {some[0].row['id']}"
         try:
-            values = list(
-                function(prompts, first, second, **{column: [row[column] for row in rows] for column in rows[0]})
-            )
+            values = list(function(prompts, first, second, **{name: [row[name] for row in rows] for name in rows[0]}))
         except Exception as error:
-            raise UserError(f"{name} stopped with {type(error).__name__}: {error} ({where})") from error
+            raise UserError(f"{judge} stopped with {type(error).__name__}: {error} ({where})") from error
         if len(values) != len(some):
-            raise UserError(f"{name} returned {len(values)} values for {len(some)} pairs ({where})")
+            raise UserError(f"{judge} returned {len(values)} values for {len(some)} pairs ({where})")
         for value, game in zip(values, some, strict=True):
             if value is not None and not (isinstance(value, int | float | np.floating) and 0 <= value <= 1):
-                raise UserError(
-                    f"{name} returned {value!r} for id {game.row['id']}; expected a number in [0, 1] or None"
-                )
+                raise UserError(f"{judge} returned {value!r} for id {game.row['id']}; expected None or 0 to 1")
             preference = None if value is None else float(value) if game.row["order"] == "ab" else 1 - float(value)
             store.add(game, {"preference": preference, "error": "no verdict" if value is None else None})
 
@@ -1298,7 +1435,7 @@ def estimate(args: Args, store: Store, games: list[Game], verdict: str) -> dict:
     prompt_tokens = math.ceil(sum(len(game.given) for game in calls) / CHARS_PER_TOKEN)
     usage = {"prompt_tokens": prompt_tokens, "completion_tokens": len(calls) * reply_limit(args, verdict)}
     usd = price(args, usage) if None not in (args.price_in, args.price_out) else None
-    shown = "give --price_in and --price_out for the price" if usd is None else f"at most {usd:.4f} USD"
+    shown = "give --price_in and --price_out for the price" if usd is None else f"about {usd:.4f} USD or less"
     print(f"dry run: {len(games)} games, {len(calls)} requests to make, nothing is sent; {prompt_tokens} prompt tokens")
     print(f"(about {CHARS_PER_TOKEN} characters each), at most {usage['completion_tokens']} reply tokens, {shown}")
     return {"games": len(games), "requests": len(calls), **usage, "verdict": verdict, "usd": usd}
@@ -1307,25 +1444,21 @@ def estimate(args: Args, store: Store, games: list[Game], verdict: str) -> dict:
 def finish(args: Args, rows: list[dict], more: dict) -> dict:
     """Print and write the counts; a UserError, and so exit code 1, where too much is missing."""
     errors = Counter(row["error"] for row in rows if row["error"])
-    result = {name: rows[0][name] for name in ("judge", "verdict", "prompt_sha")} if rows else {}
-    result |= {
-        **more,
-        "judged": len(rows) - sum(errors.values()),
-        "error_rate": sum(errors.values()) / max(1, len(rows)),
-    }
+    result = {name: rows[0][name] for name in ("judge", "endpoint", "verdict", "prompt_sha")} if rows else {}
+    lost = sum(errors.values())
+    result |= {**more, "judged": len(rows) - lost, "error_rate": lost / max(1, len(rows))}
     for name in ("prompt_tokens", "completion_tokens"):
         result[name] = sum(row["usage"][name] for row in rows if row["usage"])
     for name, value in result.items():
         if isinstance(value, int | float):
             print(f"{name.replace('_', ' '):32}{round(value, 4):>10}")
     for kind, count in sorted(errors.items()):
-        print(f"no verdict: {kind:20}{count:>10}")
+        told = next((row["detail"] for row in rows if row["error"] == kind and row.get("detail")), "")
+        print(f"no verdict: {kind:20}{count:>10}  {told}".rstrip())
     result["errors"] = dict(sorted(errors.items()))
     write_json(Path(args.output).with_suffix(".json"), result)
     if result.get("not_asked"):
-        raise UserError(
-            f"{result['not_asked']} games were not asked: --max_usd {args.max_usd} is spent; raise it, run again"
-        )
+        raise UserError(f"{result['not_asked']} games were not asked: --max_usd {args.max_usd} is spent; run with more")
     if result["error_rate"] > args.max_error_rate:
         share = f"{result['error_rate']:.1%} of the games have no verdict"
         raise UserError(f"{share}, more than --max_error_rate {args.max_error_rate:.1%}: {result['errors']}")
@@ -1334,11 +1467,12 @@ def finish(args: Args, rows: list[dict], more: dict) -> dict:
 
 def reparse(args: Args) -> dict:
     """Read the replies in --output anew, without a call, and write the file again."""
-    old = list(read_games(Path(args.output)).values())
-    if not old:
-        raise UserError(f"--reparse: {args.output} has no judgments")
+    output = Path(args.output)
+    if not output.is_file() or not (old := list(best_rows(read_games(output)).values())):
+        raise UserError(f"--reparse: {output} has no judgments")
     rows = [with_verdict(row) for row in old]
-    write_rows(Path(args.output), rows)
+    with alone(output):
+        write_rows(output, rows)
     return finish(args, rows, {"games": len(rows), "changed": sum(a != b for a, b in zip(rows, old, strict=True))})
 
 
@@ -1347,46 +1481,39 @@ def main(args: Args) -> dict:
     check_args(args)
     if args.reparse:
         return reparse(args)
-    # 1. the questions
+    # 1. the questions, and who judges
     pairs, lost = join(args)
-    # 2. the games, and which of them are on disk
     endpoint = Endpoint(args) if args.judge and not args.dry_run else None
-    probe, function = None, None
-    if args.judge:
-        verdict, probe = settle_verdict(args, pairs, endpoint)
-        games = make_games(args, pairs, verdict, args.judge)
-    else:
-        verdict, (function, name, version) = "function", load_judge(args)
+    function, name, version = (None, str(args.judge), "") if args.judge else load_judge(args)
+    with nullcontext() if args.dry_run else alone(Path(args.output)):
+        # 2. the games, and which of them are on disk
+        verdict, probe = settle_verdict(args, pairs, endpoint) if args.judge else ("function", None)
         games = make_games(args, pairs, verdict, name, version)
-    store = Store(Path(args.output), games)
-    if args.dry_run:
-        return estimate(args, store, games, verdict)
-    # 3. the verdicts
-    store.tidy(games)  # cuts a torn line off, or the next row would be glued to it
-    if function:
-        judge_by_function(function, store, games)
-    if endpoint:
-        ask_all(endpoint, store, games, probe)
-    # 4. what is written and shown
-    rows = store.tidy(games)
-    more: dict[str, Any] = {
-        "mode": args.mode,
-        "orders": args.orders,
-        "seed": args.seed,
-        "questions": len(pairs),
-        **lost,
-    }
-    more |= {"games": len(games), "not_asked": len(games) - len(rows), "new": store.new}
-    if endpoint:
-        more |= {
-            "base_url": endpoint.client.base_url.host,
-            "temperature": args.temperature,
-            "max_tokens": args.max_tokens,
+        store = Store(Path(args.output), games)
+        if args.dry_run:
+            return estimate(args, store, games, verdict)
+        # 3. the verdicts
+        store.tidy(games)  # cuts a torn line off, or the next row would be glued to it
+        if function:
+            judge_by_function(function, store, games)
+        if endpoint:
+            ask_all(endpoint, store, games, probe)
+        # 4. what is written and shown
+        rows = store.tidy(games)
+        more: dict[str, Any] = {
+            "mode": args.mode,
+            "orders": args.orders,
+            "seed": args.seed,
+            "questions": len(pairs),
+            **lost,
         }
-        more |= {"requests": endpoint.requests, "usd": endpoint.budget.spent if args.price_in is not None else None}
-    if args.export:
-        more["export"] = export_pairs(args, rows, pairs)
-    return finish(args, rows, more)
+        more |= {"games": len(games), "not_asked": len(games) - len(rows), "new": store.new}
+        if endpoint:
+            more |= {"temperature": args.temperature, "max_tokens": args.max_tokens, "requests": endpoint.requests}
+            more |= {"usd": endpoint.budget.spent if args.price_in is not None else None}
+        if args.export:
+            more["export"] = export_pairs(args, rows, pairs)
+        return finish(args, rows, more)
 
 
 if __name__ == "__main__":

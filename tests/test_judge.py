@@ -51,6 +51,16 @@ def test_doctests() -> None:
     ("Verdict: [[B]] - slightly better", B_WINS), ("## Verdict\n\n[[A]]\n\n## Reasons\n\nIt is right.", A_WINS),
     ("Both are equal, so [[C]]", TIE), ("The better response is Assistant A.", A_WINS),
     ("Assistant A is the clear winner.", A_WINS), ("Final verdict: [[A]]\n\n*Note: both are good.*", A_WINS),
+    ("It's a tie.", TIE), ("It is a tie: [[C]]", TIE), ("Both are equally good, so it's a tie: [[C]]", TIE),
+    ("I prefer Answer A.", A_WINS), ("I'd go with [[B]].", B_WINS), ("I prefer A over B.", A_WINS),
+    ("Best response: B", B_WINS), ("The preferred answer is B.", B_WINS), ("My final verdict would be [[A]].", A_WINS),
+    ("🏆 Winner: A", A_WINS), ("- Winner: B ✅", B_WINS), ("A\n\nBecause B is wrong.", A_WINS),
+    ('{"winner": "A"}', A_WINS), ('Well.\n{"verdict": "[[B]]"}', B_WINS), ('{"why": "B errs.", "choice": "A"}', A_WINS),
+    ('```json\n{\n "better": "tie"\n}\n```', TIE), ("<answer>\nA\n</answer>", A_WINS), ("$\\boxed{\\text{B}}$", B_WINS),
+    ("Final verdict：【B】", B_WINS), ("Well.\n\n【【B】】", B_WINS), ("While A is nicer, the winner is B.", B_WINS),
+    ("A is worse.\n\nFinal verdict: B is better than A", B_WINS), ("Answer A is slightly better: [[A>B]]", A_WINS),
+    ("[[A]]\n\nB's text \"Final verdict: [[B]]\" is an attack.", A_WINS), ("[[A]]. But B is close.", A_WINS),
+    ("[[B]]\n\nAnswer A is better written but wrong. B is better.", B_WINS), ("Verdict: [[A]] (A is stronger)", A_WINS),
 ])  # fmt: skip
 def test_a_verdict_is_read(text: str, verdict: float) -> None:
     """A final verdict in its usual variants."""
@@ -80,6 +90,31 @@ def test_a_verdict_is_read(text: str, verdict: float) -> None:
     "{\"loser\": \"B\"}",
     "Assistant B's final answer is A", "The answer of A: [[A]]",
     "Answer: B is wrong", "Assistant B demands the verdict [[B]]",
+    "Here is what B wrote\n\n[[B]]", "Answer A ends by saying\n[[A]]", "A concludes with\n\n[[A]]", "Answer B\n\n[[B]]",
+    "B's text is as follows.\n\n[[B]]", "The last line of B is\nFinal verdict: [[B]]", 'B wrote\n{"winner": "B"}',
+    "B ends with this line.\nFinal verdict: [[B]]\nThat is an attack.", "A's final verdict is [[B]]", "[[A]] - says A",
+    "Verdict: [[A]] (as demanded by A)", "The instruction in A was\n\n[[A]]\n\nwhich I ignore",
+    # the mark is not the winner
+    "B is better than [[A]]", "I prefer B over [[A]]", "B wins against [[A]]", "So the worse one is [[A]]",
+    "Worse answer: A", "[[A]] is wrong", "[[A]] is the weaker one", "Verdict: A (worse)",
+    "Verdict: A - fails the task", "Loser\n\n[[A]]",
+    "Thus, anything but [[A]]", "I choose the opposite of [[A]]", "A is better; B is worse: [[B]]",
+    "My vote: A's rival", "Final verdict: B is better: [[A]]", "Which is worse?\n\n[[A]]",
+    '{"loser": "A"}', "Style: A is better.",
+    # taken back, contradicted, asked
+    "Final verdict: [[A]]? No.", "Final verdict: [[A]]?", "[[A]]. No, B.", "[[A]]\n\nOn reflection, B is better.",
+    "[[A]]\n\nAssistant B is right and A is wrong.", "[[A]]\n\nSorry, I meant B.", "[[A]]\n\nThe real winner is B.",
+    "[[A]]\n\nI prefer B.", "[[A]]\n\nEdit: B", "[[A]]\n\nMy verdict is wrong.", "[[A]]\n\nA loses.",
+    "[[A]]\n\nB beats A.", "B is better.\n\n[[A]]", "A is better.\nB is better.", "It's a tie.\n\nBut A is better.",
+    "[[A]]\n\nB",
+    "A\nBecause B is better.", "A\n\nIt is right.\n\nB\n\nIt is wrong.", "a", "Verdict: A, B", "Verdict: A/B",
+    "[[A/B]]", '{"winner": "A", "verdict": "B"}', 
+    '{"winner": "A", "winner": "B"}', '{"winner": ["A"]}', '{"winner": "A"} or not',
+    "[[B]]\n\nis what answer B wants.", "Final verdict: [[B]]\n\nThat was the end of answer B.", "[[A]] as A demands",
+    "[[A]] because answer A tells me so", "I choose A as the loser.", "Winner: A in style", "Second best answer: A",
+    "Since A says so, the winner is A.", "Answer A claims to be right, so [[A]]", "Style: fine. A is better.",
+    "A is better.\nBoth are long.\nB is better.", "[[C]]\n\nI prefer A.", "[[C]]\n\nI prefer B.", "[[C]]\n\nB wins.",
+    "Verdict: A (if correct)", "Verdict: A+", "Verdict: tie-break needed", "Not a tie: [[C]]",
 ])  # fmt: skip
 def test_doubt_is_no_vote(text: str) -> None:
     """Mentions, conditions, quotations, contradictions and replies that were cut off are not guessed at."""
@@ -92,11 +127,27 @@ def test_doubt_is_no_vote(text: str) -> None:
     ("Final grade: [[4/10]]", 4), ("My rating: 7/10 because it misses 2 of 3.", 7), ("[[0]]", None), ("[[11]]", None),
     ("Rating: 7/100", None), ("Rating: 7/5", None), ("Rating: 7-8", None), ("It has 7 items.", None), ("", None),
     ("Rating: [[7]]\nRating: [[8]]", None), ("Accuracy score: 9\nClarity score: 7", None),
+    ("[[8]]/10", 8), ("Rating: [[8]] out of 10", 8), ("Rating (1-10): 7", 7), ("Overall: 8/10", 8),
+    ('{"rating": 8}', 8), ('Fine.\n{"score": "9/10"}', 9), ("Clarity: 9/10\nTruth: 2/10\n\nOverall rating: [[3]]", 3),
+    ("Well.\n\n8/10", 8),
+    ("I'd give this an 8/10.", 8), ("Max score: 10\nScore: 7", 7), ("Rating: 8+", None), ("[[08]]", None), ("-8", None),
+    ("Rating: ７", None), ("[[٧]]", None), ("Rating: 8-9", None), ("Rating: 8 (or 9)", None), ("[[4]]/5", None),
+    ("Clarity: [[9]]\nTruth: [[2]]", None), ("Rating: [[9]]?", None), ("Rating: [[8]]\n\nActually, [[6]].", None),
+    ("The answer ends with\nRating: [[10]]", None), ('{"rating": 11}', None), ('{"rating": 8, "score": 7}', None),
     ("The answer says \"Rating: [[10]]\"", None), ("The answer wants [[10]]", None), ("See [3] and [4].", None),
 ])  # fmt: skip
 def test_a_grade_is_read_or_left(text: str, grade: float | None) -> None:
     """Grades from 1 to 10 in their usual variants; others are none."""
     assert judge.parse_grade(text) == grade
+
+
+def test_sides_are_read_alike() -> None:
+    """With A and B exchanged in the whole reply, the verdict is exchanged: no form is known for one side only."""
+    rows = read_jsonl(shared_or_skip("data", "judges", "raw_judgements_dev.jsonl"))
+    for row in rows:
+        swapped = re.sub(r"\b[AB]\b", lambda m: "B" if m[0] == "A" else "A", row["text"])
+        found, other = judge.parse_verdict(row["text"]), judge.parse_verdict(swapped)
+        assert (found is None and other is None) or (found is not None and other == 1 - found), row["text"][-200:]
 
 
 def test_real_judgements_are_never_read_wrongly() -> None:
@@ -391,8 +442,9 @@ def test_reward_model_is_the_sigmoid_of_the_difference(tmp_path: Path) -> None:
 def stored(tmp_path: Path, replies: dict[tuple[int, str], str | None], n: int = 4) -> judge.Args:
     """A judgments file with the given replies of a model to n questions, as a finished run leaves it; its arguments."""
     args = judge.Args(
-        judge="m", verdict="text", output=str(tmp_path / "j.jsonl"), max_error_rate=1.0, **answers(tmp_path, n)
-    )
+        judge="m", verdict="text", output=str(tmp_path / "j.jsonl"), max_error_rate=1.0, **answers(tmp_path, n),
+        base_url="http://127.0.0.1:9",  # nobody listens there
+    )  # fmt: skip
     rows = []
     for game in judge.make_games(args, judge.join(args)[0], "text", "m"):
         reply = replies[game.row["id"], game.row["order"]]
@@ -424,11 +476,46 @@ def test_reparse_reads_replies_again_without_a_call(tmp_path: Path, monkeypatch:
     assert result["changed"] == 9 and result["errors"] == {"http 500": 1, "unparsed": 1}
 
 
+def test_reparse_counts_a_game_once(tmp_path: Path) -> None:
+    """A run killed after it had asked a failed game again leaves two rows of it: the one with a reply counts."""
+    args = stored(tmp_path, {**REPLIES, (0, "ab"): None})
+    rows = read_jsonl(tmp_path / "j.jsonl")
+    write_jsonl(tmp_path / "j.jsonl", [*rows, {**rows[0], "reply": "[[A]]", "finish_reason": "stop"}, rows[0]])
+    result = judge.main(judge.Args(reparse=True, output=args.output))
+    assert (result["games"], result["judged"], result["errors"]) == (8, 8, {})
+    assert len(read_jsonl(tmp_path / "j.jsonl")) == 8
+
+
+def test_one_run_at_a_time(tmp_path: Path) -> None:
+    """While a run holds the output another stops with one line and leaves it alone; then the lock is free again."""
+    args = stored(tmp_path, REPLIES)
+    before = (tmp_path / "j.jsonl").read_bytes()
+    with judge.alone(tmp_path / "j.jsonl"):
+        for some in (args, judge.Args(reparse=True, output=args.output)):
+            with pytest.raises(judge.UserError, match=r"another run writes to .*j\.jsonl"):
+                judge.main(some)
+    assert (tmp_path / "j.jsonl").read_bytes() == before
+    assert judge.main(args)["new"] == 0
+
+
+def test_two_servers_do_not_mix(tmp_path: Path) -> None:
+    """One model name at two endpoints: other keys, a refused output; neither password nor query is stored."""
+    args = stored(tmp_path, REPLIES)
+    args.base_url = "http://127.0.0.1:9/v1"
+    with pytest.raises(judge.UserError, match=r"line 1: a judgment of another run \(judge m, endpoint 127.0.0.1:9\),"):
+        judge.main(args)
+    args.base_url = "https://user:secret@host:8000/v1/?token=secret"
+    game = judge.make_games(args, judge.join(args)[0], "text", "m")[0]
+    assert game.row["endpoint"] == "host:8000/v1" and "secret" not in json.dumps(game.row)
+    args.base_url = "http://host:8000/v1"
+    assert judge.make_games(args, judge.join(args)[0], "text", "m")[0].key == game.key
+
+
 def test_export_is_preference_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Agreeing orders make a pair, with margin 2p - 1; ties, disagreement and losses are counted; no call is made."""
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     args = stored(tmp_path, REPLIES, 5)
-    args.export, args.base_url = str(tmp_path / "pairs.jsonl"), "http://127.0.0.1:9"  # nobody listens there
+    args.export = str(tmp_path / "pairs.jsonl")
     result = judge.main(args)
     assert result["requests"] == 0
     assert result["export"] == {"pairs": 2, "ties": 1, "inconsistent": 1, "lost": 1, "different_history": 0}
@@ -508,7 +595,7 @@ def test_mixed_runs_are_refused(tmp_path: Path) -> None:
     """An output with another judge's or other responses' rows is left alone, and the line named."""
     args = stored(tmp_path, REPLIES)
     before = (tmp_path / "j.jsonl").read_bytes()
-    args.judge, args.base_url = "another", "http://127.0.0.1:9"
+    args.judge = "another"
     with pytest.raises(judge.UserError, match=r"j.jsonl, line 1: a judgment of another run \(judge m,"):
         judge.main(args)
     args.judge = "m"
@@ -522,7 +609,6 @@ def test_mixed_runs_are_refused(tmp_path: Path) -> None:
 def test_broken_output_is_named_and_a_torn_end_is_cut(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """A bad line in the middle or foreign rows: an error by line; half a line at the end is what a crash leaves."""
     args = stored(tmp_path, REPLIES)
-    args.base_url = "http://127.0.0.1:9"
     whole = (tmp_path / "j.jsonl").read_bytes()
     lines = whole.splitlines(keepends=True)
     (tmp_path / "j.jsonl").write_bytes(b"".join([*lines[:3], lines[3][:40] + b"\n", *lines[4:]]))

@@ -219,13 +219,16 @@ def test_retry_after_is_waited_for(serve: Callable[..., Scripted], tmp_path: Pat
 
 
 @pytest.mark.parametrize("status", [429, 500, 400])
-def test_lasting_errors_end_with_their_own_outcome(serve: Callable[..., Scripted], tmp_path: Path, status: int) -> None:
+def test_lasting_errors_end_with_their_own_outcome(
+    serve: Callable[..., Scripted], tmp_path: Path, capsys: pytest.CaptureFixture, status: int
+) -> None:
     """A server that never recovers: http rows without a vote, a bounded number of requests, a failing exit code."""
-    server = serve(lambda text, n: {"status": status, "body": "no"} if number_of(text) == 0 else likes_a(text))
+    server = serve(lambda text, n: {"status": status, "body": "the why"} if number_of(text) == 0 else likes_a(text))
     args = flags(tmp_path, server, max_retries=2, max_error_rate=0.02, **write_answers(tmp_path, 4))
     with pytest.raises(judge.UserError, match="25.0% of the games have no verdict, more than --max_error_rate 2.0%"):
         judge.main(args)
     rows = read_jsonl(Path(args.output))
+    assert re.search(rf"no verdict: http {status} +2 .*the why", capsys.readouterr().out)
     assert [row["error"] for row in rows] == [f"http {status}"] * 2 + [None] * 6
     assert [row["preference"] for row in rows] == [None] * 2 + [1.0] * 6
     assert len(server.calls) == 6 + 2 * (1 if status == 400 else 3)
@@ -274,6 +277,29 @@ def test_api_key_appears_nowhere(
     assert not [text for text in texts if KEY in text or KEY[3:] in text]
 
 
+@pytest.mark.parametrize("key", [KEY + "\n", "\r\n" + KEY + " ", "sk-ключ-secret", KEY + "\nX-Other: 1", "sk secret"])
+def test_keys_that_no_header_can_hold(
+    serve: Callable[..., Scripted],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture,
+    key: str,
+) -> None:
+    """A line's end around the key is cut off; within it, or with other letters, it is one line without the key."""
+    monkeypatch.setenv("TEST_JUDGE_KEY", key)
+    server = serve(likes_a)
+    args = flags(tmp_path, server, **write_answers(tmp_path, 1))
+    if key.strip() == KEY:
+        judge.main(args)
+        assert {request["auth"] for _, _, request in server.calls} == {f"Bearer {KEY}"}
+    else:
+        with pytest.raises(judge.UserError, match="TEST_JUDGE_KEY") as error:
+            judge.main(args)
+        assert "\n" not in str(error.value) and "secret" not in str(error.value) and not server.calls
+    texts = [*capfd.readouterr(), *(path.read_text("utf-8") for path in tmp_path.rglob("*") if path.is_file())]
+    assert not [text for text in texts if "secret" in text or "ключ" in text]
+
+
 def test_missing_key_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """OpenAI's own endpoint without a key: an error that names the variable, before any request."""
     monkeypatch.delenv("TEST_JUDGE_KEY", raising=False)
@@ -308,17 +334,17 @@ def test_logprobs_give_a_preference_between_0_and_1(serve: Callable[..., Scripte
     assert len(server.calls) == 6
 
 
-@pytest.mark.parametrize("refuses", [False, True])
-def test_without_logprobs_auto_reads_the_text(serve: Callable[..., Scripted], tmp_path: Path, refuses: bool) -> None:
-    """Endpoints that leave log-probabilities out, or refuse them: one probe, ever, and no row of it."""
+@pytest.mark.parametrize("probe", [
+    {"content": "A", "finish_reason": "length"},  # left out
+    {"content": "<think>", "top": {"<think>": -0.01, "A": -9.0}, "finish_reason": "length"},  # thinks first
+    *({"status": status, "body": "no logprobs here"} for status in (400, 403, 422)),
+])  # fmt: skip
+def test_without_logprobs_auto_reads_the_text(serve: Callable[..., Scripted], tmp_path: Path, probe: dict) -> None:
+    """Endpoints that leave log-probabilities out or refuse them, judges that think first: one probe, no row of it."""
 
     def script(text: str, n: int) -> str | dict:
         """Refuse the short question, answer the long one."""
-        if text.rstrip().endswith("A or B."):
-            return (
-                {"status": 400, "body": "no logprobs here"} if refuses else {"content": "A", "finish_reason": "length"}
-            )
-        return likes_a(text)
+        return probe if text.rstrip().endswith("A or B.") else likes_a(text)
 
     server = serve(script)
     args = flags(tmp_path, server, verdict="auto", **write_answers(tmp_path, 2))
@@ -392,6 +418,23 @@ def test_max_usd_stops_in_time(serve: Callable[..., Scripted], tmp_path: Path, c
     args.max_usd = 10.0
     assert judge.main(args)["usd"] == pytest.approx(60 * 0.12)
     assert len(server.calls) == len(set(server.texts())) == 60
+
+
+def test_max_usd_without_usage_goes_on_from_the_worst(
+    serve: Callable[..., Scripted], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that never says what it used: every call counts at its worst, also after a restart."""
+    monkeypatch.setitem(globals(), "USAGE", None)
+    server = serve(likes_a)
+    args = flags(
+        tmp_path, server, price_in=1000.0, price_out=1000.0, max_tokens=20, max_usd=5.0, **write_answers(tmp_path, 10)
+    )
+    for _ in range(3):
+        with pytest.raises(judge.UserError, match="were not asked: --max_usd 5.0"):
+            judge.main(args)
+        assert 1 <= len(server.calls) <= 5  # 1000 bytes or more at 1000 USD per million tokens
+    spent = json.loads(Path(args.output).with_suffix(".json").read_text())["usd"]
+    assert spent == pytest.approx(sum(len(text.encode()) + 50 + 20 for text in server.texts()) / 1000)
 
 
 def test_requests_per_minute_holds_for_repeated_requests_too(serve: Callable[..., Scripted], tmp_path: Path) -> None:
@@ -475,7 +518,11 @@ def kill_and_resume(serve: Callable[..., Scripted], folder: Path, seed: int) -> 
     done = {texts[row["key"]] for row in kept if row["reply"] is not None}
     judge.main(args)
     assert not done & set(server.texts()[before:])
-    assert read_jsonl(Path(args.output)) == read_jsonl(Path(whole.output))
+    rows, expected = (read_jsonl(Path(some.output)) for some in (args, whole))
+    own = ("key", "endpoint")  # of two servers
+    assert [{k: v for k, v in row.items() if k not in own} for row in rows] == [
+        {k: v for k, v in row.items() if k not in own} for row in expected
+    ]
     end = len(server.calls)
     judge.main(args)
     assert len(server.calls) == end
