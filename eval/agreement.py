@@ -225,9 +225,9 @@ def read_jsonl(source: str, needed: tuple[str, ...]) -> list[dict]:
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
+        try:  # an integer beyond the range of floats becomes inf, as 1e999 does
+            row = json.loads(line, parse_int=lambda text: int(text) if len(text) < 309 else float(text))
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{source}, line {number}: not JSON, or half a line ({line[:60]!r})") from error
         if not isinstance(row, dict):
             raise UserError(f"{source}, line {number}: expected a JSON object, found {line[:60]!r}")
@@ -239,23 +239,37 @@ def read_jsonl(source: str, needed: tuple[str, ...]) -> list[dict]:
     return rows
 
 
-def read_votes(source: str) -> list[dict]:
-    """Rows of a judgment file, their preference and order checked; a row of FastChat's becomes one of each order.
+def plain_values(row: dict, where: str, *names: str) -> None:
+    """A UserError where one of these keys, a name or a count, holds a list or an object."""
+    for name in names:
+        if isinstance(row.get(name), list | dict):
+            raise UserError(f"{where}: {name} is {str(row[name])[:60]!r}, expected a string or a number")
 
-    Errors, with file and line: a preference that is no number in [0, 1], an order that is neither "ab" nor "ba".
+
+def read_votes(source: str) -> list[dict]:
+    """Rows of a judgment file, checked; a row of FastChat's becomes one of each order.
+
+    Errors, with file and line: a preference that is no number in [0, 1], a winner that FastChat does not know, an order
+    that is neither "ab" nor "ba", an id that is neither a string nor an integer, a name that is a list or an object.
     """
     if "g1_winner" in read_jsonl(source, ())[0]:
-        games = read_jsonl(source, ("question_id", "model_1", "model_2", "g1_winner", "g2_winner"))
-        rows = [game | {"order": order, "preference": FASTCHAT.get(game[name], game[name])}
-                for game in games for order, name in (("ab", "g1_winner"), ("ba", "g2_winner"))]  # fmt: skip
-        for row in rows:
-            judge = row.get("judge")  # a list of the judge and the name of its prompt
-            row |= {"judge": judge[0] if isinstance(judge, list) and judge else judge}
-            row |= {"id": row["question_id"], "model_a": row["model_1"], "model_b": row["model_2"]}
+        rows = []
+        for game in read_jsonl(source, ("question_id", "model_1", "model_2", "g1_winner", "g2_winner")):
+            judge = game.get("judge")  # a list of the judge and the name of its prompt
+            game |= {"judge": judge[0] if isinstance(judge, list) and judge else judge}
+            game |= {"id": game["question_id"], "model_a": game["model_1"], "model_b": game["model_2"]}
+            for shown, name in (("ab", "g1_winner"), ("ba", "g2_winner")):
+                if not isinstance(winner := game[name], str) or winner not in FASTCHAT:
+                    told = f"{name} is {str(winner)[:60]!r}, expected one of {', '.join(FASTCHAT)}"
+                    raise UserError(f"{source}, line {game['_line']}: {told}")
+                rows.append(game | {"order": shown, "preference": FASTCHAT[winner]})
     else:
         rows = read_jsonl(source, ("id", "preference"))
     for row in rows:
         p, order, place = row["preference"], row.get("order"), f"{source}, line {row['_line']}"
+        if isinstance(row["id"], bool) or not isinstance(row["id"], str | int):
+            raise UserError(f"{place}: id is {str(row['id'])[:60]!r}, expected a string or an integer")
+        plain_values(row, place, "turn", "judge", "model_a", "model_b")
         if p is not None and (isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1):
             raise UserError(f"{place}: preference {p!r}; expected a number in [0, 1] (chance that A wins) or null")
         if order not in ("ab", "ba", None):

@@ -130,7 +130,7 @@ def mean_interval(values: np.ndarray) -> dict[str, float]:
     """
     n, mean = len(values), float(np.mean(values)) if len(values) else math.nan
     error = float(stats.sem(values)) if n > 1 else math.nan
-    low, high = stats.norm.interval(0.95, mean, error) if error > 0 else (mean, mean)
+    low, high = stats.norm.interval(0.95, mean, error) if error > 0 else (mean if n > 1 else math.nan,) * 2
     return {"n": n, "mean": mean, "standard_error": error, "ci_low": float(low), "ci_high": float(high)}
 
 
@@ -212,9 +212,9 @@ def read_jsonl(source: str, needed: tuple[str, ...]) -> list[dict]:
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
+        try:  # an integer beyond the range of floats becomes inf, as 1e999 does
+            row = json.loads(line, parse_int=lambda text: int(text) if len(text) < 309 else float(text))
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{source}, line {number}: not JSON, or half a line ({line[:60]!r})") from error
         if not isinstance(row, dict):
             raise UserError(f"{source}, line {number}: expected a JSON object, found {line[:60]!r}")
@@ -224,6 +224,13 @@ def read_jsonl(source: str, needed: tuple[str, ...]) -> list[dict]:
     if not rows:
         raise UserError(f"{source}: no rows")
     return rows
+
+
+def plain_values(row: dict, where: str, *names: str) -> None:
+    """A UserError where one of these keys, a name or a count, holds a list or an object."""
+    for name in names:
+        if isinstance(row.get(name), list | dict):
+            raise UserError(f"{where}: {name} is {str(row[name])[:60]!r}, expected a string or a number")
 
 
 Document = tuple[list[dict] | None, str]  # the messages that are answered (None: plain text), and what is scored
@@ -504,6 +511,7 @@ def join_responses(args: Args, lost: Counter[str]) -> tuple[list[dict], list[dic
     for source in (args.before_responses, args.after_responses):
         found: dict[tuple, dict] = {}
         for row in read_jsonl(str(source), needed):
+            plain_values(row, f"{source}, line {row['_line']}", "sample")
             first = found.setdefault((json.dumps(row["id"]), row.get("sample", 0)), row)
             if first is not row:
                 raise UserError(f"{source}: id {row['id']!r} is in line {first['_line']} and in line {row['_line']}, "
@@ -567,9 +575,11 @@ def call_function(function: Callable, spec: str, prompts: list[dict], responses:
 
 
 def read_scores(rows: list[dict], source: str, column: str) -> np.ndarray:
-    """Column of numbers or booleans -> (n,), NaN where it is null."""
+    """Column of finite numbers or booleans -> (n,), NaN where it is null."""
     for row in rows:
-        if not isinstance(row.get(column), int | float | None) or column not in row:
+        value = row.get(column)
+        known = value is None or isinstance(value, int | float) and math.isfinite(value)
+        if column not in row or not known:
             found = f"found {row[column]!r}" if column in row else f"keys found: {', '.join(row)}"
             raise UserError(f"{source}, line {row['_line']}: --score_column {column}: expected a number; {found}")
     return np.array([math.nan if row[column] is None else float(row[column]) for row in rows])
@@ -671,6 +681,13 @@ def write_json(path: Path, value: Any) -> None:
     write_file(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
 
 
+def without_nan(value: Any) -> Any:
+    """The same dict with null for what could not be estimated, as JSON wants it."""
+    if isinstance(value, dict):
+        return {name: without_nan(item) for name, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def settle(args: Args) -> None:
     """Fill in the bare command's defaults; refuse halves of a comparison before a model is loaded."""
     if not any((args.before, args.after, args.text, args.before_responses, args.after_responses)):
@@ -692,12 +709,17 @@ def settle(args: Args) -> None:
         load_function(args.reward_fn)
 
 
+def decimals(value: float | None, form: str = ".3f") -> str:
+    """A number, or - where there is none."""
+    return "-" if value is None else f"{value:{form}}"
+
+
 def show(name: str, result: dict, third: str = "difference") -> None:
     """One line of the table: before, after and their difference (or ratio), each with its interval where it has one."""
     cells = []
     for x in (result["before"], result["after"], result[third]):
-        span = f" [{x['ci_low']:.3f}, {x['ci_high']:.3f}]" if "ci_low" in x else ""
-        cells.append(f"{x['mean']:{'+' if x is result.get('difference') else ''}.3f}{span}")
+        span = f" [{decimals(x['ci_low'])}, {decimals(x['ci_high'])}]" if "ci_low" in x else ""
+        cells.append(decimals(x["mean"], "+.3f" if x is result.get("difference") else ".3f") + span)
     print(f"{name:20}" + "".join(f"{cell:26}" for cell in cells).rstrip())
 
 
@@ -716,8 +738,9 @@ def show_all(result: dict) -> None:
         show("accuracy" if task["right_or_wrong"] else "score", task)
         if task["right_or_wrong"]:
             print(f"  {task['lost']} questions lost, {task['gained']} gained: exact p {task['mcnemar_exact_p']:.2g}")
-        print(f"  {task['before']['n']} questions; standard error {task['difference']['standard_error']:.4f} paired, "
-              f"{task['unpaired_standard_error']:.4f} unpaired")  # fmt: skip
+        errors = (task["difference"]["standard_error"], task["unpaired_standard_error"])
+        paired, unpaired = (decimals(error, ".4f") for error in errors)
+        print(f"  {task['before']['n']} questions; standard error {paired} paired, {unpaired} unpaired")
     for name, numbers in result.get("reference", {}).items():
         for key, values in numbers.items():
             show(f"{Path(name).stem}: {key}", values)
@@ -747,6 +770,7 @@ def main(args: Args) -> dict:
         result["responses"]["lost"] = dict(lost)
 
     # 3. Show and write
+    result = without_nan(result)
     show_all(result)
     folder = args.after if Path(args.after or "").is_dir() and args.after else Path(args.after_responses or ".").parent
     path = Path(args.output or Path(folder) / "alignment_tax.json")

@@ -133,7 +133,7 @@ def take(pairs: Pairs, rows: np.ndarray) -> Pairs:
 
 def with_error(value: float, error: float, low: float, high: float) -> dict[str, float]:
     """A figure with standard error and interval; without an error that is known, no interval."""
-    rest = (error, low, high) if 0 < error < math.inf else (math.nan,) * 3
+    rest = (error, low, high) if 1e-9 < error < math.inf else (math.nan,) * 3
     names = ("value", "standard_error", "ci_low", "ci_high")
     return dict(zip(names, map(float, (value, *rest)), strict=True))
 
@@ -185,7 +185,11 @@ def fit_length(pairs: Pairs, with_length: bool = True, cluster: bool = True) -> 
     sd = np.sqrt(np.mean(pairs.length**2))
     columns = [pairs.length / sd] if with_length and sd > 0 else []
     columns += [*pairs.controls.T] + ([] if pairs.symmetric else [np.ones(len(pairs.p))])
-    if not columns or np.linalg.matrix_rank(x := np.column_stack(columns)) < len(columns) or len(set(pairs.ids)) < 2:
+    if (
+        not 0 < len(columns) < len(pairs.p)
+        or np.linalg.matrix_rank(x := np.column_stack(columns)) < len(columns)
+        or len(set(pairs.ids)) < 2
+    ):
         return None
     how: dict[str, Any] = {}
     if cluster:
@@ -300,9 +304,9 @@ def read_jsonl(source: str, needed: tuple[str, ...]) -> list[dict]:
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
+        try:  # an integer beyond the range of floats becomes inf, as 1e999 does
+            row = json.loads(line, parse_int=lambda text: int(text) if len(text) < 309 else float(text))
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{source}, line {number}: not JSON, or half a line ({line[:60]!r})") from error
         if not isinstance(row, dict):
             raise UserError(f"{source}, line {number}: expected a JSON object, found {line[:60]!r}")
@@ -312,6 +316,13 @@ def read_jsonl(source: str, needed: tuple[str, ...]) -> list[dict]:
     if not rows:
         raise UserError(f"{source}: no rows")
     return rows
+
+
+def plain_values(row: dict, where: str, *names: str) -> None:
+    """A UserError where one of these keys, a name or a count, holds a list or an object."""
+    for name in names:
+        if isinstance(row.get(name), list | dict):
+            raise UserError(f"{where}: {name} is {str(row[name])[:60]!r}, expected a string or a number")
 
 
 class Lost(Exception):
@@ -338,7 +349,10 @@ def last_reply(dialogue: Any) -> tuple[list, str]:
         _, *parts = re.split(r"(?:^|\n\n)(Human|Assistant):", dialogue)
         turns = list(zip(parts[::2], map(str.strip, parts[1::2]), strict=True))
     else:
-        turns = [(message["role"], str(message["content"]).strip()) for message in dialogue]
+        try:
+            turns = [(str(message["role"]), message["content"].strip()) for message in dialogue]
+        except (TypeError, KeyError, AttributeError) as error:
+            raise Lost("neither a string nor a message list") from error
     if not turns or turns[-1][0].lower() != "assistant":
         raise Lost("no dialogue that ends with an assistant turn")
     return turns[:-1], turns[-1][1]
@@ -368,6 +382,8 @@ def usable(items: Iterable, read: Callable[[Any], Any], lost: Counter) -> list:
 
 def length_of(row: dict, text: str | None, name: str, unit: str) -> float:
     """Length of a text, or the characters that the row has under `name` where there is none."""
+    if text is not None and not isinstance(text, str):
+        raise Lost("the response is no string")
     if text is not None:
         return len(text) if unit == "chars" else len(text.split())
     if unit == "words":
@@ -399,15 +415,22 @@ def preference_pair(row: dict, unit: str) -> Comparison:
 
 def scored_response(row: dict, unit: str) -> dict:
     """A row of scores with its _length."""
+    plain_values(row, row["_where"], "id")
     length = length_of(row, row.get("response"), "length", unit)
     return row | {"_length": length, "score": number(row, "score")}
 
 
 def score_pair(a: dict, b: dict) -> Comparison:
     """Two scored responses to one id, with their lengths under _length."""
-    texts = (a["response"], b["response"]) if "response" in a and "response" in b else ()
+    given = a.get("response"), b.get("response")
+    texts = () if None in given else (str(given[0]), str(given[1]))
     length = a["_length"] - b["_length"]
     return Comparison(str(a["id"]), a["score"] - b["score"], length, (a, b), a.get("prompt"), texts)
+
+
+def turn_of(row: dict) -> str:
+    """The turn of a row; "1" where it names none."""
+    return "1" if row.get("turn") is None else str(row["turn"])
 
 
 def by_question(rows: list[dict]) -> list[dict[str, dict]]:
@@ -417,6 +440,7 @@ def by_question(rows: list[dict]) -> list[dict[str, dict]]:
     """
     questions: dict[tuple, dict[str, dict]] = {}
     for row in rows:
+        plain_values(row, row["_where"], "id", "turn", "judge", "model_a", "model_b")
         for name in ("judge", "model_a", "model_b"):
             if row.get(name) != rows[0].get(name):
                 told = f"{name} is {row.get(name)!r} but {rows[0].get(name)!r} in {rows[0]['_where']}"
@@ -425,7 +449,7 @@ def by_question(rows: list[dict]) -> list[dict[str, dict]]:
             raise UserError(f'{row["_where"]}: order is {row["order"]!r}, expected "ab" or "ba"')
         if row["preference"] is not None and not 0 <= number(row, "preference") <= 1:
             raise UserError(f"{row['_where']}: preference is {row['preference']}, expected a number in [0, 1] or null")
-        orders = questions.setdefault((str(row["id"]), row.get("turn")), {})
+        orders = questions.setdefault((str(row["id"]), turn_of(row)), {})
         other = orders.setdefault(row["order"], row)
         verdicts = {row["preference"], other["preference"]} - {None}
         if other is not row and (row.get("key") is None or row["key"] != other.get("key") or len(verdicts) > 1):
@@ -494,10 +518,21 @@ def to_pairs(found: list[Comparison], symmetric: bool, args: Args, lost: Counter
 
 
 # ------------------------------------------------------------------------------------------------------------- printing
+def small_figure(value: float | None) -> str:
+    """Three decimals, or four digits of a small number, without an exponent; - where there is none.
+
+    >>> [small_figure(x) for x in (0.1234, -0.00041234, 0.0000123, -1e-17, None)]
+    ['0.123', '-0.0004123', '0.0000123', '0.000', '-']
+    """
+    if value is None or abs(value) >= 0.01:
+        return "-" if value is None else f"{value:.3f}"
+    text = np.format_float_positional(value, 4, unique=False, fractional=False, trim="-")
+    return text if abs(value) > 1e-9 else "0.000"
+
+
 def line_of(name: str, part: dict[str, Any] | None, rest: str = "") -> str:
     """One row of the table: a figure and its interval, - where there is none."""
-    numbers = [(part or {}).get(key) for key in ("value", "ci_low", "ci_high")]
-    text = ["-" if x is None else f"{x:.4g}" if abs(x) < 0.01 else f"{x:.3f}" for x in numbers]
+    text = [small_figure((part or {}).get(key)) for key in ("value", "ci_low", "ci_high")]
     return f"{name:34} {text[0]:>9}   {f'{text[1]} to {text[2]}':22} {rest}".rstrip()
 
 
@@ -506,11 +541,12 @@ def report_bias(r: dict[str, Any]) -> list[str]:
     lines = [f"{'':34} {'':9}   95 % interval"]
     if "gap" in r:
         wins = r["longer_wins"]
+        explained = "-" if r["explained"] is None else f"{r['explained']:.3f}"
         told = f"{wins['longer']} longer, {wins['shorter']} shorter of {wins['n']}"
         lines += [
             line_of("P(win | longer) - P(win | shorter)", r["gap"]),
             line_of("longer wins, accuracy", wins, told),
-            line_of(f"logit per {r['unit']}", r["coefficient"], f"deviance explained {r['explained'] or 0:.3f}"),
+            line_of(f"logit per {r['unit']}", r["coefficient"], f"deviance explained {explained}"),
             *(line_of(f"  {name}", part) for name, part in r["controls"].items()),
         ]
     lines.append(line_of("Spearman", r["spearman"]))

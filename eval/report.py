@@ -314,7 +314,7 @@ def mean_interval(values: np.ndarray) -> dict[str, float]:
     """
     n, mean = len(values), float(np.mean(values)) if len(values) else math.nan
     error = float(stats.sem(values)) if n > 1 else math.nan
-    low, high = stats.norm.interval(0.95, mean, error) if error > 0 else (mean, mean)
+    low, high = stats.norm.interval(0.95, mean, error) if error > 0 else (mean if n > 1 else math.nan,) * 2
     return {"n": n, "mean": mean, "standard_error": error, "ci_low": float(low), "ci_high": float(high)}
 
 

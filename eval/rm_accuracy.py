@@ -137,7 +137,7 @@ def mean_interval(values: np.ndarray) -> dict[str, float]:
     """
     n, mean = len(values), float(np.mean(values)) if len(values) else math.nan
     error = float(stats.sem(values)) if n > 1 else math.nan
-    low, high = stats.norm.interval(0.95, mean, error) if error > 0 else (mean, mean)
+    low, high = stats.norm.interval(0.95, mean, error) if error > 0 else (mean if n > 1 else math.nan,) * 2
     return {"n": n, "mean": mean, "standard_error": error, "ci_low": float(low), "ci_high": float(high)}
 
 
@@ -390,9 +390,9 @@ def read_jsonl(source: str, needed: tuple[str, ...]) -> list[dict]:
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
+        try:  # an integer beyond the range of floats becomes inf, as 1e999 does
+            row = json.loads(line, parse_int=lambda text: int(text) if len(text) < 309 else float(text))
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{source}, line {number}: not JSON, or half a line ({line[:60]!r})") from error
         if not isinstance(row, dict):
             raise UserError(f"{source}, line {number}: expected a JSON object, found {line[:60]!r}")
@@ -915,8 +915,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def share_text(row: dict[str, Any]) -> str:
-    """A share with its interval: "0.704 [0.663, 0.742]"."""
-    return f"{row.get('accuracy', row.get('mean')):.3f} [{row['ci_low']:.3f}, {row['ci_high']:.3f}]"
+    """A share with its interval: "0.704 [0.663, 0.742]", - where one draw has none."""
+    low, high = ("-" if math.isnan(row[name]) else f"{row[name]:.3f}" for name in ("ci_low", "ci_high"))
+    return f"{row.get('accuracy', row.get('mean')):.3f} [{low}, {high}]"
 
 
 def print_tables(result: dict[str, Any], lost: dict[str, list]) -> None:

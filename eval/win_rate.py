@@ -26,7 +26,7 @@ Length control (Dubois et al. 2024, arXiv:2404.04475), d = tanh((length_B - leng
                       --lc_data DIR holds instruction_difficulty.csv (instruction_index, instruction_difficulty) and
                       gamed_baseline_rows.csv (std_delta_len, instruction_difficulty, preference_equivalent). A row's
                       instruction is found by its prompt's text, if a csv of DIR has instruction_index and instruction,
-                      else by its id; never by its place after a gap
+                      else by its id, never by its place in the file
 
 Both get standard error and percentile interval from a bootstrap over ids, refitted (difficulty and gamed rows fixed).
 
@@ -45,6 +45,7 @@ length_controlled_win_rate, differences, and their errors and intervals. Shares 
 both_second, first_slot_share) are in [0, 1], position_effect = first_slot_share - 0.5; n is ids, the rest are counts.
 """
 
+import codecs
 import csv
 import json
 import math
@@ -81,7 +82,7 @@ COLUMNS = {  # of compute: its name there -> the key of a judgment
     "ids": "id", "orders": "order", "turns": "turn", "categories": "category", "prompts": "prompt",
     "lengths_a": "length_a", "lengths_b": "length_b", "errors": "error",
 }  # fmt: skip
-FASTCHAT_WINNER = {"model_1": 1.0, "model_2": 0.0, "tie": 0.5, "error": None}
+FASTCHAT = {"model_1": 1.0, "model_2": 0.0, "tie": 0.5, "error": None}  # its verdicts: chance that model_1 wins
 LIMITS = "It can't tell whether people would agree: it is one judge's taste, on these prompts, against this opponent."
 
 
@@ -139,7 +140,7 @@ def mean_interval(values: np.ndarray) -> dict[str, float]:
     """
     n, mean = len(values), float(np.mean(values)) if len(values) else math.nan
     error = float(stats.sem(values)) if n > 1 else math.nan
-    low, high = stats.norm.interval(0.95, mean, error) if error > 0 else (mean, mean)
+    low, high = stats.norm.interval(0.95, mean, error) if error > 0 else (mean if n > 1 else math.nan,) * 2
     return {"n": n, "mean": mean, "standard_error": error, "ci_low": float(low), "ci_high": float(high)}
 
 
@@ -344,9 +345,9 @@ def read_jsonl(source: str, needed: tuple[str, ...]) -> list[dict]:
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
+        try:  # an integer beyond the range of floats becomes inf, as 1e999 does
+            row = json.loads(line, parse_int=lambda text: int(text) if len(text) < 309 else float(text))
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{source}, line {number}: not JSON, or half a line ({line[:60]!r})") from error
         if not isinstance(row, dict):
             raise UserError(f"{source}, line {number}: expected a JSON object, found {line[:60]!r}")
@@ -358,13 +359,25 @@ def read_jsonl(source: str, needed: tuple[str, ...]) -> list[dict]:
     return rows
 
 
+def plain_values(row: dict, where: str, *names: str) -> None:
+    """A UserError where one of these keys, a name or a count, holds a list or an object."""
+    for name in names:
+        if isinstance(row.get(name), list | dict):
+            raise UserError(f"{where}: {name} is {str(row[name])[:60]!r}, expected a string or a number")
+
+
 def in_range(value: Any, where: str, name: str, low: float, high: float) -> float | None:
-    """`value` if it is a number in [low, high], None if it is null or NaN; else a UserError."""
-    if value is None or value != value:
+    """`value` if it is a number in [low, high], None if it is null; else a UserError."""
+    if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise UserError(f"{where}: {name} is {value!r}, expected a number in [{low:g}, {high:g}] or null")
     return float(value)
+
+
+def turn_of(row: dict) -> str:
+    """The turn of a row; "1" where it names none."""
+    return "1" if row.get("turn") is None else str(row["turn"])
 
 
 def judgment(row: dict, where: str) -> dict:
@@ -376,8 +389,9 @@ def judgment(row: dict, where: str) -> dict:
     preference = in_range(row["preference"], where, "preference", 0, 1)
     if preference is not None and row.get("error"):
         raise UserError(f"{where}: has a preference and an error ({row['error']}); expected one of them")
-    lengths = {name: in_range(row.get(name), where, name, 0, math.inf) for name in ("length_a", "length_b")}
-    own = {"where": where, "id": str(row["id"]), "turn": str(row.get("turn") or 1), "order": row["order"]}
+    plain_values(row, where, "turn", "category", "judge", "model_a", "model_b")
+    lengths = {name: in_range(row.get(name), where, name, 0, 1e15) for name in ("length_a", "length_b")}
+    own = {"where": where, "id": str(row["id"]), "turn": turn_of(row), "order": row["order"]}
     return {name: row.get(name) for name in OPTIONAL} | lengths | own | {"preference": preference}
 
 
@@ -391,6 +405,9 @@ def alpaca_row(row: dict, where: str) -> dict:
     preference = in_range(row.get("preference"), where, "preference", 0, 2)
     if preference is not None and 0 < preference < 1:
         raise UserError(f"{where}: preference is {preference}, expected 0 or a number in [1, 2]")
+    for name in ("output_1", "output_2"):
+        if not isinstance(row[name], str | None):
+            raise UserError(f"{where}: {name} is {str(row[name])[:60]!r}, expected a string or null")
     mapped = {
         "id": row.get("instruction_index", row["instruction"]), "order": "ab", "prompt": row["instruction"],
         "preference": preference and preference - 1 if preference != 0 else 0.5,
@@ -400,26 +417,32 @@ def alpaca_row(row: dict, where: str) -> dict:
     return judgment(mapped, where)
 
 
+def judge_name(row: dict) -> Any:
+    """The judge of a row; FastChat writes [judge, name of its prompt], another name for each turn."""
+    judge = row.get("judge")
+    return judge[0] if isinstance(judge, list) and judge else judge
+
+
 def fastchat_rows(row: dict, where: str) -> list[dict]:
     """The two games of a row of FastChat's pairwise judgments: A is model_1, first in game 1, second in game 2."""
-    judge = row.get("judge")
     mapped = {"id": row["question_id"], "turn": row.get("turn"), "model_a": row["model_1"], "model_b": row["model_2"]}
-    mapped |= {"judge": judge[0] if isinstance(judge, list) and judge else judge}  # FastChat: [model, prompt's name]
+    mapped["judge"] = judge_name(row)
     rows = []
     for order, name in (("ab", "g1_winner"), ("ba", "g2_winner")):
-        if row[name] not in FASTCHAT_WINNER:
-            raise UserError(f"{where}: {name} is {row[name]!r}, expected one of {', '.join(FASTCHAT_WINNER)}")
-        rows.append(judgment(mapped | {"order": order, "preference": FASTCHAT_WINNER[row[name]]}, where))
+        if not isinstance(winner := row[name], str) or winner not in FASTCHAT:
+            raise UserError(f"{where}: {name} is {str(winner)[:60]!r}, expected one of {', '.join(FASTCHAT)}")
+        rows.append(judgment(mapped | {"order": order, "preference": FASTCHAT[winner]}, where))
     return rows
 
 
 def read_judgments(source: str) -> list[dict]:
     """Judgments of a file in one of the formats above; rows of single grading have a `rating` instead."""
     path = Path(source)
-    if path.is_file() and path.read_bytes().lstrip()[:1] == b"[":
+    content = path.read_bytes() if path.is_file() else b""
+    if content.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"[":
         try:
-            rows = json.loads(path.read_bytes())
-        except ValueError as error:
+            rows = json.loads(content)
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{source}: not JSON, or half a file ({error})") from error
         if not rows or not all(isinstance(row, dict) for row in rows) or not any("preference" in row for row in rows):
             raise UserError(f"{source}: expected AlpacaEval's annotations, a list of objects with a preference")
@@ -435,7 +458,9 @@ def read_judgments(source: str) -> list[dict]:
         return [judgment(row, row["where"]) for row in rows]
     for row in rows:  # FastChat writes the score -1 for a reply that it could not parse
         rating = in_range(None if row[form] == -1 else row[form], row["where"], form, 0, 10)
-        row |= {"rating": rating, "id": str(row.get("id", row.get("question_id"))), "turn": str(row.get("turn") or 1)}
+        row |= {"rating": rating, "judge": judge_name(row), "key": row.get("key")}
+        plain_values(row, row["where"], "id", "question_id", "turn", "judge", "model")
+        row |= {"id": str(row.get("id", row.get("question_id"))), "turn": turn_of(row)}
     return rows
 
 
@@ -457,22 +482,22 @@ def one_run(rows: list[dict], args: Args) -> list[dict]:
     return kept
 
 
-def without_repeats(rows: list[dict]) -> list[dict]:
-    """One row per question and order; duplicates are a UserError, but for what a resumed run of judge.py appends.
+def without_repeats(rows: list[dict], names: tuple[str, ...], verdict: str) -> list[dict]:
+    """One row per value of `names`; duplicates are a UserError, but for what a resumed run of judge.py appends.
 
     Of rows with the same `key` a lost one gives way to a later verdict and equal verdicts count once.
     """
     kept: dict[tuple, dict] = {}
     for row in rows:
-        other = kept.setdefault((row["id"], row["turn"], row["order"]), row)
+        other = kept.setdefault(game := tuple(row[name] for name in names), row)
         if other is row:
             continue
-        verdicts = {row["preference"], other["preference"]} - {None}
+        verdicts = {row[verdict], other[verdict]} - {None}
         if row["key"] is None or row["key"] != other["key"] or len(verdicts) > 1:
-            name = f"id {row['id']!r}, turn {row['turn']}, order {row['order']}"
-            raise UserError(f"{row['where']}: {name} was judged before, in {other['where']}; remove one of them")
-        if other["preference"] is None:
-            kept[row["id"], row["turn"], row["order"]] = row
+            told = ", ".join(f"{name} {row[name]!r}" for name in names)
+            raise UserError(f"{row['where']}: {told} was judged before, in {other['where']}; remove one of them")
+        if other[verdict] is None:
+            kept[game] = row
     return list(kept.values())
 
 
@@ -508,7 +533,7 @@ def read_table(path: Path, names: tuple[str, ...]) -> np.ndarray:
     """Columns `names` of a .csv file as floats, [rows, columns]; a UserError where one is missing or no number."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; --lc_data names a folder with {path.name}")
-    with path.open(newline="", encoding="utf-8") as stream:
+    with path.open(newline="", encoding="utf-8-sig") as stream:
         try:
             return np.array([[float(row[name]) for name in names] for row in csv.DictReader(stream)])
         except (KeyError, TypeError, ValueError) as error:
@@ -518,23 +543,22 @@ def read_table(path: Path, names: tuple[str, ...]) -> np.ndarray:
 def instruction_indices(rows: list[dict], folder: Path, known: set[int]) -> tuple[list[int | None], str]:
     """(AlpacaEval's instruction index of each row, how it was found); known: all indices.
 
-    By the prompt's text (or an id that is one) where a csv of the folder has it, else by the id; by place only in a
-    whole file of annotations, if the folder has no texts.
+    By the prompt's text (or an id that is one) where a csv of the folder has it, else by the id. Never by its place in
+    the file: a file in another order would give a wrong figure without a word.
     """
     texts: dict[str, int | None] = {}  # None where two indices share a text
     for file in sorted(folder.glob("*.csv")):
-        with file.open(newline="", encoding="utf-8") as stream:
+        with file.open(newline="", encoding="utf-8-sig", errors="replace") as stream:
             for row in csv.DictReader(stream):
                 if row.get("instruction") and str(row.get("instruction_index")).isdecimal():
                     text, at = row["instruction"].strip(), int(row["instruction_index"])
                     texts[text] = at if texts.get(text, at) == at else None
-    prompts = [r["prompt"][-1].get("content") if isinstance(r["prompt"], list) else r["prompt"] for r in rows]
+    last = [row["prompt"][-1:] if isinstance(row["prompt"], list) else [row["prompt"]] for row in rows]  # a message
+    prompts = [part[0].get("content") if part and isinstance(part[0], dict) else part and part[0] for part in last]
     by_text = [texts.get(str(p or r["id"]).strip()) for p, r in zip(prompts, rows, strict=True)]
     by_id = [int(row["id"]) if row["id"].isdecimal() else None for row in rows]
     found = [there if here is None else here for here, there in zip(by_text, by_id, strict=True)]
     how = "id" if None in by_text else "prompt"
-    if not texts and len(rows) == len(known) and all(row["id"] == row["prompt"] for row in rows):
-        found, how = list(range(len(rows))), "place"
     for row, index, here, there in zip(rows, found, by_text, by_id, strict=True):
         if index not in known:
             raise UserError(
@@ -596,7 +620,7 @@ def summarise(rows: list[dict], args: Args) -> tuple[dict[str, Any], dict[tuple,
     A question without a verdict is in the second dict too, with NaN.
     """
     # 1. rows to questions
-    kept = without_repeats(own := one_run(rows, args))
+    kept = without_repeats(own := one_run(rows, args), ("id", "turn", "order"), "preference")
     lost = Counter(str(r["error"] or "no reason given").partition(":")[0] for r in kept if r["preference"] is None)
     questions = to_questions(kept)
     ab, ba = questions.ab, questions.ba
@@ -662,19 +686,24 @@ def compare_models(first: list[dict], second: list[dict], args: Args) -> dict[st
     return without_nan(found | {"lost_in_one": len(both) - len(judged), "first": one, "second": other})
 
 
-def rate(rows: list[dict]) -> dict[str, Any]:
+def rate(rows: list[dict], judge: str | None) -> dict[str, Any]:
     """Single grading: mean rating of each model over ids (turns averaged first), with interval and lost rows."""
-    models: dict[str, dict[tuple, dict]] = {}
-    for row in rows:
-        other = models.setdefault(str(row["model"]), {}).setdefault((row["id"], row["turn"]), row)
-        if other is not row:
-            raise UserError(f"{row['where']}: id {row['id']!r}, turn {row['turn']} was rated before, {other['where']}")
+    chosen = [row for row in rows if judge in (None, row["judge"])]
+    if not chosen:
+        raise UserError(f"no row of judge {judge!r}; {rows[0]['where']} is of {rows[0]['judge']!r}")
+    if mixed := [row for row in chosen if row["judge"] != chosen[0]["judge"]]:
+        told = f"judge is {mixed[0]['judge']!r} but {chosen[0]['judge']!r} in {chosen[0]['where']}"
+        raise UserError(f"{mixed[0]['where']}: mixed runs, {told}; choose one with --judge")
+    models: dict[str, list[dict]] = {}
+    for row in (kept := without_repeats(chosen, ("model", "id", "turn"), "rating")):
+        models.setdefault(str(row["model"]), []).append(row)
     result = {}
     for model, own in models.items():
-        rated = [row for row in own.values() if row["rating"] is not None]
+        rated = [row for row in own if row["rating"] is not None]
         units = cluster_means(np.array([row["rating"] for row in rated]), np.array([row["id"] for row in rated]))
         result[model] = mean_interval(units) | {"rows": len(own), "lost": len(own) - len(rated)}
-    return without_nan({"ratings": result})
+    counts = {"repeated_rows": len(chosen) - len(kept), "other_runs": len(rows) - len(chosen)}
+    return without_nan({"judge": chosen[0]["judge"], "ratings": result, **counts})
 
 
 # ------------------------------------------------------------------------------------------------------------- printing
@@ -746,6 +775,7 @@ def report_ratings(r: dict[str, Any]) -> list[str]:
     for model, part in r["ratings"].items():
         rest = f"n {part['n']}, lost rows {part['lost']} of {part['rows']}"
         lines.append(table_row(model, part["mean"], part["ci_low"], part["ci_high"], rest))
+    lines.append(joined(r, "repeated_rows", "other_runs"))
     return [*lines, "It can't tell whether a point of this judge is worth anything to people."]
 
 
@@ -795,7 +825,7 @@ class WinRate(evaluate.Metric):
         columns = {name: np.asarray(values, dtype=object).tolist() for name, values in columns.items()}
         rows = [{name: values[i] for name, values in columns.items()} for i in range(n)]
         judged = [
-            judgment(row | {"preference": p}, f"compute, row {i}")
+            judgment(row | {"preference": p if p == p else None}, f"compute, row {i}")  # None comes as NaN
             for i, (row, p) in enumerate(zip(rows, preferences, strict=True), 1)
         ]
         return summarise(judged, checked(Args(**settings)))[0]
@@ -828,7 +858,7 @@ def main(args: Args, files: list[str] | None = None) -> dict[str, Any]:
     # 2. compute
     name = "win_rate.json"
     if rated:
-        lines = report_ratings(result := rate(tables[0]))
+        lines = report_ratings(result := rate(tables[0], args.judge))
     elif len(tables) == 2:
         lines = report_difference(result := compare_models(tables[0], tables[1], args))
         name = "win_rate_difference.json"

@@ -280,12 +280,21 @@ def test_files(tmp_path: Path) -> None:
         ([labels([1.0], order="AB"), labels([1.0])], {}, r"order 'AB'; expected 'ab' or 'ba'"),
         ([labels([1.0]), labels([1.0])], {"tie_margin": 0.5}, r"--tie_margin must be in \[0, 0.5\)"),
         ([], {}, r"name two files of judgments or labels"),
+        ([labels([1.0]), labels([0.0, math.nan])], {}, r"1.jsonl, line 2: preference nan"),
+        ([labels([1.0]), labels([0.0, 10**400])], {}, r"1.jsonl, line 2: preference inf"),
+        ([labels([1.0]), ["[" * 5000 + "]" * 5000]], {}, r"1.jsonl, line 1: not JSON, or half a line"),
+        ([labels([1.0]), [{"id": [0], "preference": 1}]], {}, r"1.jsonl, line 1: id is '\[0\]'"),
+        *(([labels([1.0]), labels([1.0], **{name: value})], {}, rf"1.jsonl, line 1: {name} is ")
+          for value in ([1], {"a": 1}) for name in ("turn", "judge", "model_a", "model_b")),
+        *(([labels([1.0]), [{"question_id": 1, "model_1": "a", "model_2": "b", "g1_winner": value, "g2_winner": "-"}]],
+           {}, r"1.jsonl, line 1: g1_winner is .*, expected one of model_1") for value in (None, 1, ["tie"], "B")),
     ],
-)
+)  # fmt: skip
 def test_bad_input(tables: list, flags: dict[str, Any], message: str, tmp_path: Path) -> None:
     """One line: where, what, what was expected."""
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as error:
         agree(tmp_path, *tables, **flags)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.slow

@@ -355,6 +355,32 @@ def test_files_that_do_not_fit(before: list, after: list, message: str, tmp_path
     assert "\n" not in str(error.value)
 
 
+def test_one_question_has_no_interval(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """n = 1: the values, and - in the table, null in strict JSON for what one draw can't tell."""
+    files = [write_jsonl(tmp_path / f"{name}.jsonl", [{"id": 1, "score": x}]) for name, x in (("a", 0.5), ("b", 0.25))]
+    flags: dict[str, Any] = {
+        "before_responses": str(files[0]),
+        "after_responses": str(files[1]),
+        "score_column": "score",
+    }
+    task = tax.main(tax.Args(output=str(tmp_path / "tax.json"), **flags))["task"]
+    known = {"n": 1, "standard_error": None, "ci_low": None, "ci_high": None}
+    assert (task["before"], task["difference"]) == (known | {"mean": 0.5}, known | {"mean": -0.25})
+    assert task["unpaired_standard_error"] is None
+    text = (tmp_path / "tax.json").read_text()
+    assert "NaN" not in text and json.loads(text)["task"] == task
+    shown = capsys.readouterr().out
+    assert "0.500 [-, -]" in shown and "-0.250 [-, -]" in shown and "standard error - paired, - unpaired" in shown
+    assert "nan" not in shown
+
+
+@pytest.mark.parametrize("sample", [[1], {"a": 1}])
+def test_sample_of_a_wrong_type(sample: Any, tmp_path: Path) -> None:
+    """`sample` is a number or a name."""
+    with pytest.raises(tax.UserError, match=r"after.jsonl, line 2: sample is .*, expected a string or a number"):
+        compare([row(1)], [row(1), row(2, sample=sample)], tmp_path, reward_fn=NUMERIC)
+
+
 def test_score_column_must_hold_numbers(tmp_path: Path) -> None:
     """A score that is text or absent is an error with its line; null is counted."""
     rows = [{"id": 1, "score": 0.5}, {"id": 2, "score": "good"}]
@@ -362,6 +388,11 @@ def test_score_column_must_hold_numbers(tmp_path: Path) -> None:
         compare([rows[0], {"id": 2, "score": 1}], rows, tmp_path, score_column="score")
     with pytest.raises(tax.UserError, match=r"before.jsonl, line 1: --score_column other: .* keys found: id, score"):
         compare(rows[:1], rows[:1], tmp_path, score_column="other")
+    for value in (math.inf, -math.inf, math.nan, 10**400, [1]):
+        with pytest.raises(tax.UserError, match=r"after.jsonl, line 2: --score_column score: expected a number; found"):
+            compare(
+                [rows[0], {"id": 2, "score": 1}], [rows[0], {"id": 2, "score": value}], tmp_path, score_column="score"
+            )
     result = compare(
         [rows[0], {"id": 2, "score": None}], [rows[0], {"id": 2, "score": 1}], tmp_path, score_column="score"
     )

@@ -271,6 +271,58 @@ def test_no_number_where_there_is_none(out: Path) -> None:
     assert found["longer_wins"]["value"] == 1 and found["longer_wins"]["ci_low"] < 0.9
 
 
+@pytest.mark.parametrize("turns", [1, 2])
+def test_two_questions(turns: int, out: Path) -> None:
+    """Two questions: what they can tell, null for the rest; never an interval from an error of 1e-16."""
+    given = [(1, 0.7, 5, 3), (2, 0.4, 2, 9), (1, 0.6, 5, 4), (2, 0.9, 2, 1)][: 2 * turns]
+    rows = [
+        {"id": i, "turn": k // 2, "order": "ab", "preference": p, "length_a": a, "length_b": b}
+        for k, (i, p, a, b) in enumerate(given)
+    ]
+    found = run(write_jsonl(out.with_name("j.jsonl"), rows), out)
+    assert (found["questions"], found["pairs"]) == (2, 2 * turns)
+    assert found["gap"]["ci_low"] is None
+    assert (found["coefficient"] is None) == (turns == 1)  # two rows, two parameters: a perfect fit
+    assert found["explained_by_length"] is None or found["explained_by_length"]["ci_low"] is None
+    assert found["win_rate"] == pytest.approx(np.mean([p for _, p, *_ in given]))
+
+
+def test_an_error_of_rounding_is_none() -> None:
+    """A standard error that is only rounding, infinite or unknown gives no interval; a real one stays."""
+    for error in (0.0, 1e-16, math.nan, math.inf):
+        found = length_bias.with_error(0.5, error, 0.5 - error, 0.5 + error)
+        assert found["value"] == 0.5 and all(
+            math.isnan(found[name]) for name in ("standard_error", "ci_low", "ci_high")
+        )
+    assert length_bias.with_error(0.5, 1e-4, 0.4, 0.6)["ci_low"] == 0.4
+
+
+def test_replies_of_wrong_types_are_counted(out: Path) -> None:
+    """A reply that is a number, a list of anything or an object is no text: left out, with the reason."""
+    good = {"prompt": "q", "chosen": "aaa", "rejected": "b"}
+    wrong = [5, None, {"a": 1}, [1], [{"role": "x"}], [{"role": "assistant", "content": [1]}]]
+    found = run(write_jsonl(out.with_name("p.jsonl"), [good, *({**good, "chosen": x} for x in wrong)]), out)
+    assert found["pairs"] == 1 and found["lost_by_reason"] == {"neither a string nor a message list": len(wrong)}
+    row = {"id": 1, "score": 1.0, "response": "aa"}
+    rows = [row, row | {"score": 2, "response": "a"}, row | {"response": 5}, row | {"response": ["a"]}]
+    found = run(write_jsonl(out.with_name("s.jsonl"), rows), out)
+    assert found["pairs"] == 1 and found["lost_by_reason"] == {"the response is no string": 2}
+
+
+def test_small_numbers_are_shown(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A coefficient per character is small: digits, no exponent; what is unknown is no zero."""
+    rows = [
+        {"prompt": f"{i}", "chosen": "a" * (9000 + 70 * i), "rejected": "b" * (9000 + 90 * (i % 7) ** 2 * (i % 3))}
+        for i in range(40)
+    ]
+    found = run(write_jsonl(out.with_name("p.jsonl"), rows), out)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("logit per char"))
+    assert abs(found["coefficient"]["value"]) < 0.01 and "e-" not in line
+    assert float(line.split()[3]) == pytest.approx(found["coefficient"]["value"], rel=1e-3)
+    run(write_jsonl(out.with_name("p.jsonl"), [{"prompt": "q", "chosen": "a", "rejected": "bb"}]), out)
+    assert "deviance explained -" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------------------------------------------------- bad files
 PAIR = '{"prompt": "q", "chosen": "aa", "rejected": "b"}'
 GAME = '{"id": 1, "order": "ab", "preference": 1.0, "length_a": 3, "length_b": 4}'
@@ -286,6 +338,15 @@ BAD = {
     "order": ([GAME.replace("ab", "AB")], "line 1: order is 'AB'"),
     "preference": ([GAME.replace("1.0", "1.5")], r"line 1: preference is 1.5, expected a number in \[0, 1\]"),
     "no number": ([GAME.replace("3", '"long"')], "line 1: length_a is 'long', expected a number"),
+    "nan": ([GAME, GAME.replace("1,", "2,", 1).replace("1.0", "NaN")], "line 2: preference is nan"),
+    "beyond floats": ([GAME.replace("3", "1" + "0" * 400)], "line 1: length_a is inf, expected a number"),
+    "deep": ([GAME, "[" * 5000 + "]" * 5000], "line 2: not JSON, or half a line"),
+    **{f"{name} is a {kind}": ([GAME, GAME.replace("1,", "2,", 1).replace("}", f', "{name}": {value}}}')],
+                               f"line 2: {name} is .*, expected a string or a number")
+       for kind, value in (("list", "[1]"), ("dict", '{"a": 1}')) for name in ("turn", "judge", "model_a", "model_b")},
+    "id": ([GAME, GAME.replace("1,", "[2],", 1)], r"line 2: id is '\[2\]'"),
+    "scores' id": (['{"id": {}, "score": 1, "response": "a"}'], "line 1: id is '{}'"),
+    "scores' text": (['{"id": 1, "score": "1", "response": "a"}'], "line 1: score is '1'"),
     "nothing left": ([PAIR.replace("aa", "b")], "no usable row; lost: {'identical pair': 1}"),
 }  # fmt: skip
 

@@ -58,7 +58,10 @@ def by_name(result: dict[str, Any], key: str) -> dict[str, Any]:
     return {m["model"]: m[key] for m in result["models"]}
 
 
-def game(question: Any, a: str, b: str, order: str | None, p: float | None, **more: Any) -> dict[str, Any]:
+ODD_WINNERS: list[Any] = [None, 0.7, ["model_1"], {}]
+
+
+def game(question: Any, a: Any, b: Any, order: str | None, p: float | None, **more: Any) -> dict[str, Any]:
     """One row of judgments."""
     return {"id": question, "model_a": a, "model_b": b, "order": order, "preference": p, **more}
 
@@ -320,7 +323,16 @@ GOOD = both_orders(0, "a", "b", 1.0, 0.0) + both_orders(1, "a", "b", 0.0, 1.0)
         (GOOD, {"ties": "davidson"}, r"--ties davidson needs ties and decided votes"),
         (GOOD, {"bootstrap": 0}, r"--bootstrap 0: an interval needs at least 20"),
         ([{"question_id": 1, "model_1": "a", "model_2": "b", "g1_winner": "model_3", "g2_winner": "tie"}], {},
-         r"line 1: preference 'model_3'"),
+         r"line 1: g1_winner is 'model_3', expected one of model_1, model_2, tie, error"),
+        *(([{"question_id": 1, "model_1": "a", "model_2": "b", "g1_winner": "tie", "g2_winner": value}], {},
+           r"line 1: g2_winner is .*, expected one of model_1") for value in ODD_WINNERS),
+        *(([*GOOD, game(2, "a", "b", "ab", 1.0) | {name: value}], {}, rf"line 5: {name} is .*expected a string")
+          for value in ([1], {"a": 1}) for name in ("turn", "judge", "model_a", "model_b")),
+        *(([*GOOD, game(value, "a", "b", "ab", 1.0)], {}, r"line 5: id is .*expected a string or an integer")
+          for value in ([1], None, True)),
+        ([*GOOD, game(2, "a", 7, "ab", 1.0)], {}, r"line 5: model_a 'a', model_b 7; expected the names"),
+        ([*GOOD, game(2, "a", "b", "ab", 10**400)], {}, r"line 5: preference inf"),
+        ([*GOOD, '{"id": ' + "[" * 5000 + "]" * 5000 + "}"], {}, r"line 5: not JSON, or half a line"),
         ([], {}, r"judgments.jsonl: no rows"),
     ],
 )  # fmt: skip

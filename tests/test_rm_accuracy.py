@@ -316,6 +316,29 @@ def test_rankings_within_prompts(tell: Callable[..., dict]) -> None:
     assert len(written) == n and len({row["id"] for row in written}) == n
 
 
+def test_one_prompt_has_no_interval(tell: Callable[..., dict], capsys: pytest.CaptureFixture[str]) -> None:
+    """Pairs that all share a prompt: their mean, and null in the file, - in the table for what one draw can't tell."""
+    got = tell(scored(1.0, 2.0, -1.0, prompt="q"))
+    assert got["within_prompt"]["mean"] == pytest.approx(2 / 3)
+    assert [got["within_prompt"][name] for name in ("n", "standard_error", "ci_low", "ci_high")] == [
+        1,
+        None,
+        None,
+        None,
+    ]
+    assert "0.667 [-, -]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value", ["1" + "0" * 400, "1e999", "NaN", "[" * 5000 + "]" * 5000])
+def test_numbers_that_are_none(value: str, tell: Callable[..., dict], tmp_path: Path) -> None:
+    """Beyond a float's range, NaN, or nested too deep: one line with the file's line."""
+    row = '{"prompt": "q", "chosen": "a", "rejected": "b", "chosen_score": %s, "rejected_score": 0}'
+    file = write_jsonl(tmp_path / "p.jsonl", [row % 1, row % value])
+    with pytest.raises(rm_accuracy.UserError, match="p.jsonl, line 2: ") as error:
+        tell(file)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
 # -------------------------------------------------------------------------------------------------------------- models
 def test_default_equals_reward_py(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A bare run: reward.py's functions give the same pairs to 1e-5, and tiny/README.md the same accuracy."""

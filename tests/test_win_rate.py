@@ -157,7 +157,6 @@ def test_lc_survives_gaps_and_disorder(form: str, alpaca: Any, lc_data: Path, tm
             row["instruction_index"] = int(r["instruction_index"])
     for row in rows[:20]:
         row["preference"] = None
-    rows[0]["preference"] = math.nan if form == "annotations" else None
     if form == "annotations_index":
         del rows[1]["preference"]
     path = tmp_path / "judgments.json"
@@ -172,18 +171,35 @@ def test_lc_survives_gaps_and_disorder(form: str, alpaca: Any, lc_data: Path, tm
     assert abs(lc_by_sklearn(left[20:], lc_data, list(range(745))) - lc) > 1  # what counting off would give
 
 
-def test_lc_by_place(alpaca: Any, lc_data: Path, tmp_path: Path) -> None:
-    """A folder without texts: a whole annotations file is in AlpacaEval's order; one with a gap is refused."""
-    for name in ("instruction_difficulty.csv", "gamed_baseline_rows.csv"):
-        shutil.copy(lc_data / name, tmp_path)
+def test_lc_never_by_place(alpaca: Any, lc_data: Path, tmp_path: Path) -> None:
+    """A folder without texts: annotations without an index are refused in any order; a csv with texts finds them."""
+    for name in ("instruction_difficulty.csv", "gamed_baseline_rows.csv"):  # as a spreadsheet writes them, with a BOM
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (lc_data / name).read_bytes())
     rows, path = annotations(alpaca["claude-2.1"]), tmp_path / "annotations.json"
-    path.write_text(json.dumps(rows))
+    shuffled = [rows[i] for i in np.random.default_rng(0).permutation(805)]
+    within_sets = sorted(rows, key=lambda row: (row["dataset"], row["instruction"]))
+    for given in (rows, shuffled, within_sets, rows[:7] + rows[8:]):
+        path.write_text(json.dumps(given))
+        with pytest.raises(win_rate.UserError, match="row 1: .* is no instruction index .* give every row its index"):
+            run(path, lc="alpaca_eval", lc_data=str(tmp_path))
+    path.write_text(json.dumps(shuffled))
+    texts = [f'{i},"{row["instruction"].replace(chr(34), 2 * chr(34))}"\n' for i, row in enumerate(rows)]
+    (tmp_path / "texts.csv").write_text("\ufeffinstruction_index,instruction\n" + "".join(texts), encoding="utf-8")
     result = run(path, lc="alpaca_eval", lc_data=str(tmp_path), bootstrap=2)
-    assert result["lc_aligned_by"] == "place"
+    assert result["lc_aligned_by"] == "prompt"
     assert result["length_controlled_win_rate"] == pytest.approx(25.1965, abs=1e-3)
-    path.write_text(json.dumps(rows[:7] + rows[8:]))
-    with pytest.raises(win_rate.UserError, match="row 1: .* is no instruction index"):
-        run(path, lc="alpaca_eval", lc_data=str(tmp_path))
+
+
+@pytest.mark.parametrize("prompt", [[], ["text"], [{"role": "user"}], {"text": "x"}, 7])
+def test_lc_with_a_prompt_of_another_type(prompt: Any, alpaca: Any, lc_data: Path, tmp_path: Path) -> None:
+    """A prompt that is no text and no message list says nothing; then the id has to."""
+    rows = alpaca_judgments(alpaca["alpaca-7b"][:50])
+    rows[3]["prompt"] = prompt
+    path = write_jsonl(tmp_path / "judgments.jsonl", rows)
+    assert run(path, lc="alpaca_eval", lc_data=str(lc_data), bootstrap=2)["lc_aligned_by"] == "id"
+    rows[3]["id"] = "x"
+    with pytest.raises(win_rate.UserError, match="line 4: id 'x' is no instruction index"):
+        run(write_jsonl(path, rows), lc="alpaca_eval", lc_data=str(lc_data), bootstrap=2)
 
 
 def test_lc_refuses_doubt(alpaca: Any, lc_data: Path, tmp_path: Path) -> None:
@@ -430,8 +446,30 @@ BAD = {
     "order": ([GOOD.replace('"ab"', '"AB"')], "line 1: order is 'AB'"),
     "range": ([GOOD.replace("1.0", "2")], r"line 1: preference is 2, expected a number in \[0, 1\]"),
     "text": ([GOOD.replace("1.0", '"A"')], "line 1: preference is 'A'"),
+    "nan": ([GOOD, GOOD.replace("1.0", "NaN")], "line 2: preference is nan"),
+    "beyond floats": ([GOOD.replace("1.0", "1" + "0" * 400)], "line 1: preference is inf"),
+    "length beyond floats": ([GOOD.replace("}", f', "length_a": 1{"0" * 400}}}')], "line 1: length_a is inf"),
+    "deep": ([GOOD, GOOD.replace("}", f', "x": {"[" * 5000}{"]" * 5000}}}')], "line 2: not JSON, or half a line"),
+    "deep annotations": (["[" * 5000 + "]" * 5000], "not JSON, or half a file"),
+    **{f"{name} is a {kind}": ([GOOD, GOOD.replace("}", f', "{name}": {value}}}')], f"line 2: {name} is ")
+       for kind, value in (("list", "[1]"), ("dict", '{"a": 1}'))
+       for name in ("turn", "category", "judge", "model_a", "model_b")},
+    "fastchat's list": (['{"question_id": 1, "model_1": "x", "model_2": "y", "g1_winner": [1], "g2_winner": "tie"}'],
+                        r"line 1: g1_winner is '\[1\]', expected one of model_1, model_2, tie, error"),
+    "fastchat's null": (['{"question_id": 1, "model_1": "x", "model_2": "y", "g1_winner": "tie", "g2_winner": null}'],
+                        "line 1: g2_winner is 'None'"),
+    "fastchat's model": (['{"question_id": 1, "model_1": [], "model_2": "y", "g1_winner": "tie", "g2_winner": "tie"}'],
+                         "line 1: model_a is"),
+    **{f"output {value}": ([f'[{{"instruction": "q", "output_1": "a", "output_2": {value}, "preference": 1}}]'],
+                           "row 1: output_2 is .*, expected a string or null") for value in ("7", "0", "[]", '["a"]')},
+    "annotations' nan": (['[{"instruction": "q", "output_1": "a", "output_2": "b", "preference": NaN}]'],
+                         "row 1: preference is nan"),
+    "annotations' list": (['[{"instruction": "q", "output_1": "", "output_2": "", "dataset": [1]}, {"preference": 1}]'],
+                          "row 1: category is"),
+    "rating's nan": (['{"id": 1, "model": "m", "rating": NaN}'], "line 1: rating is nan"),
+    "rating's model": (['{"id": 1, "model": ["m"], "rating": 1}'], "line 1: model is"),
     "id": ([GOOD.replace('"q1"', "[1]")], r"line 1: id is \[1\]"),
-    "duplicate": ([GOOD, GOOD.replace("1.0", "0.0")], "line 2: id 'q1', turn 1, order ab was judged before, in .* 1"),
+    "duplicate": ([GOOD, GOOD.replace("1.0", "0.0")], "line 2: id 'q1', turn '1', order 'ab' was judged before, .* 1"),
     "both": ([GOOD.replace("}", ', "error": "empty"}')], "line 1: has a preference and an error"),
     "no verdict": ([GOOD.replace("1.0", "null")], "no question has a verdict in any order"),
     "models": ([GOOD.replace("}", f', "model_a": "{m}", "turn": {i}}}') for i, m in enumerate("xy", 1)],
@@ -502,7 +540,7 @@ def test_rows_of_a_resumed_run(tmp_path: Path) -> None:
     result = run(write_jsonl(tmp_path / "j.jsonl", rows))
     assert (result["n"], result["win_rate"], result["lost"], result["repeated_rows"]) == (2, 50, 0, 3)
     rows[2]["preference"] = 1.0
-    with pytest.raises(win_rate.UserError, match="line 3: id '2', turn 1, order ab was judged before"):
+    with pytest.raises(win_rate.UserError, match="line 3: id '2', turn '1', order 'ab' was judged before"):
         run(write_jsonl(tmp_path / "j.jsonl", rows))
 
 
@@ -511,14 +549,64 @@ def test_ratings(form: str, tmp_path: Path) -> None:
     """Single grading: the mean over questions of the mean over turns, unparsed ones counted, never a zero."""
     names, none = (("id", "rating"), None) if form == "judge" else (("question_id", "score"), -1)
     grades = [(1, 1, 8), (1, 2, 6), (2, 1, 3), (2, 2, none), (3, 1, none)]
-    rows = [{names[0]: i, "turn": t, names[1]: grade, "model": "m"} for i, t, grade in grades]
+    judge: Any = "j" if form == "judge" else ["j", "single-v1"]
+    rows = [{names[0]: i, "turn": t, names[1]: grade, "model": "m", "judge": judge} for i, t, grade in grades]
+    if form == "fastchat":
+        rows[1]["judge"] = ["j", "single-v1-multi-turn"]  # one judge, whose second turn has a prompt of its own
     result = run(write_jsonl(tmp_path / "j.jsonl", rows))["ratings"]["m"]
     assert result["mean"] == pytest.approx(5) and result["standard_error"] == pytest.approx(2)
     assert (result["n"], result["rows"], result["lost"]) == (2, 5, 2)
-    with pytest.raises(win_rate.UserError, match="line 6: id '3', turn 1 was rated before"):
+    with pytest.raises(win_rate.UserError, match="line 6: model 'm', id '3', turn '1' was judged before"):
         run(write_jsonl(tmp_path / "j.jsonl", [*rows, rows[-1]]))
     with pytest.raises(win_rate.UserError, match=f"line 1: {names[1]} is 11"):
         run(write_jsonl(tmp_path / "j.jsonl", [rows[0] | {names[1]: 11}]))
+
+
+def test_ratings_of_several_judges(tmp_path: Path) -> None:
+    """Two judges are not averaged: an error, or --judge; what is left aside is counted."""
+    rows = [{"id": i, "model": "m", "rating": g, "judge": j} for j, g in (("x", 2), ("y", 8)) for i in range(3)]
+    path = write_jsonl(tmp_path / "j.jsonl", rows)
+    with pytest.raises(
+        win_rate.UserError, match="line 4: mixed runs, judge is 'y' but 'x' in .*line 1; choose .*--judge"
+    ):
+        run(path)
+    result = run(path, judge="y")
+    assert (result["ratings"]["m"]["mean"], result["judge"], result["other_runs"]) == (8, "y", 3)
+    with pytest.raises(win_rate.UserError, match="no row of judge 'z'"):
+        run(path, judge="z")
+
+
+def test_ratings_of_a_resumed_run(tmp_path: Path) -> None:
+    """With one key, a failed rating gives way to the later one; without a key, or two ratings: an error."""
+    rows = [{"id": i, "model": "m", "key": f"k{i}", "rating": r} for i, r in ((1, None), (2, 4), (1, 8), (2, None))]
+    result = run(write_jsonl(tmp_path / "j.jsonl", rows))
+    assert result["repeated_rows"] == 2
+    assert {k: result["ratings"]["m"][k] for k in ("n", "mean", "rows", "lost")} == {
+        "n": 2, "mean": 6, "rows": 2, "lost": 0
+    }  # fmt: skip
+    for change in ({"key": None}, {"key": "other"}):
+        with pytest.raises(win_rate.UserError, match="line 3: model 'm', id '1', turn '1' was judged before"):
+            run(
+                write_jsonl(tmp_path / "j.jsonl", [rows[0] | change, rows[1], rows[2] | {"key": change["key"] and "k"}])
+            )
+    with pytest.raises(win_rate.UserError, match="line 2: model 'm', id '2'"):
+        run(write_jsonl(tmp_path / "j.jsonl", [rows[1], rows[1] | {"rating": 5}]))
+
+
+def test_one_question_has_no_interval(tmp_path: Path) -> None:
+    """n = 1: the value, and null for what one draw can't tell."""
+    result = run(write_jsonl(tmp_path / "j.jsonl", [{"id": 1, "model": "m", "rating": 7}]))["ratings"]["m"]
+    assert result == {"n": 1, "mean": 7, "standard_error": None, "ci_low": None, "ci_high": None, "rows": 1, "lost": 0}
+    result = run(write_jsonl(tmp_path / "j.jsonl", rows_of((1, "ab", 0.7))))
+    assert (result["win_rate"], result["standard_error"], result["ci_low"]) == (70, None, None)
+
+
+def test_byte_order_mark(tmp_path: Path) -> None:
+    """Files that begin with a BOM, as editors and spreadsheets write it, are read."""
+    row = {"instruction": "q", "output_1": "a", "output_2": "b", "preference": 2}
+    for text in (f"{GOOD}\n", json.dumps([row]), "\n " + json.dumps([row])):
+        (tmp_path / "j.json").write_bytes(b"\xef\xbb\xbf" + text.encode())
+        assert run(tmp_path / "j.json")["win_rate"] == 100
 
 
 # ---------------------------------------------------------------------------------------- command line and `evaluate`
