@@ -85,6 +85,7 @@ class Args:
     turns: int = arg(2, "turns of each side")
     samples_per_prompt: int = arg(8, "G of grpo, rloo and ppo")
     max_response_length: int = arg(128, "longest sampled response (tokens)")
+    mean_response_length: float = arg(50.0, "a token ends a response with probability 1 / this")
     ppo_epochs: int = arg(4, "passes over a rollout in ppo")
     threads: int = arg(0, "torch threads; 0: torch's choice")
     peer_folder: str = arg(str(ROOT / "runs" / "trl-1.12.0"), "ppo: folder with trl==1.12.0 (pip install --target)")
@@ -128,7 +129,7 @@ def read_pairs(folder: Path, tokenizer: Any, n: int, longest: int) -> list[dict]
 
 
 def make_model(args: Args, folder: Path, tokenizer: Any) -> None:
-    """A Llama of random weights whose samples end with probability 1/50 per token, and an adapter with B not 0.
+    """A Llama of random weights whose samples end after a mean length, and an adapter with B not 0.
 
     All embeddings share a direction u; so do then all hidden states, and EOS's output row has more of it.
     """
@@ -151,7 +152,7 @@ def make_model(args: Args, folder: Path, tokenizer: Any) -> None:
     ids = torch.randint(vocabulary, (8, 64))
     with torch.no_grad():
         hidden = model.model(input_ids=ids).last_hidden_state.flatten(0, 1)
-    wanted = math.log(vocabulary / 50)  # the other logits are nearly equal
+    wanted = math.log(vocabulary / args.mean_response_length)  # the other logits are nearly equal
     table[tokenizer.eos_token_id] += u * wanted / (hidden @ u).mean()
     model.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -116,6 +117,21 @@ def test_small_comparison(stage: str, tmp_path: Path) -> None:
             assert ours == pytest.approx(peer, rel=2e-3)  # TRL logs four digits
     else:
         assert 0 < result["ours"]["sampling_share"] < 1 and math.isfinite(result["ours"]["decoding_limit"])
+
+
+@pytest.mark.slow
+def test_scaling_goes_through(tmp_path: Path) -> None:
+    """Five sizes of a small step: every response as long as asked, so tokens count as batch times length."""
+    script = ROOT / "bench" / "scaling.py"
+    flags = ["--batch_size=8", "--max_response_length=6", "--steps=1", "--hidden_size=64", "--layers=2", "--threads=1"]
+    source = [f"--pairs={ROOT / 'tiny' / 'preferences.jsonl'}", f"--tokenizer={ROOT / 'tiny' / 'base'}"]
+    command = [sys.executable, str(script), *flags, *source, f"--output_dir={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "scaling.json").read_text())
+    assert [row["counted"] for row in result["batches"]] == [48, 96, 192]
+    assert [row["counted"] for row in result["lengths"]] == [48, 96, 192]
+    assert all(0 < row["sampling"] < 1 for row in result["batches"]) and len(result["attention"]) == 3
 
 
 def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
