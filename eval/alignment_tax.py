@@ -239,8 +239,12 @@ Document = tuple[list[dict] | None, str]  # the messages that are answered (None
 def read_documents(source: str, lost: Counter[str]) -> list[Document]:
     """The documents of --text; what is left out is counted in `lost`."""
     if Path(source).suffix == ".txt" and Path(source).is_file():
-        lines = "\n".join(line.rstrip() for line in Path(source).read_text(encoding="utf-8").splitlines())
-        return [(None, text.strip()) for text in lines.split("\n\n") if text.strip()]
+        try:
+            text = Path(source).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{source}: expected UTF-8 ({error})") from error
+        lines = "\n".join(line.rstrip() for line in text.splitlines())
+        return [(None, part.strip()) for part in lines.split("\n\n") if part.strip()]
     rows, documents = read_jsonl(source, ()), []
     for row in rows:
         try:

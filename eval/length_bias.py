@@ -502,7 +502,10 @@ def control_values(spec: str, found: list[Comparison], side: int) -> np.ndarray:
     values = load_function(spec)([c.prompt for c in found], [c.texts[side] for c in found], **columns)
     if len(values) != len(found):
         raise UserError(f"--control_fn {spec}: {len(values)} values for {len(found)} responses")
-    return np.array(values, dtype=float)
+    try:
+        return np.array(values, dtype=float)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"--control_fn {spec}: expected a number or None per response ({error})") from error
 
 
 def to_pairs(found: list[Comparison], symmetric: bool, args: Args, lost: Counter) -> Pairs:

@@ -535,9 +535,12 @@ def read_table(path: Path, names: tuple[str, ...]) -> np.ndarray:
         raise UserError(f"{path}: no such file; --lc_data names a folder with {path.name}")
     with path.open(newline="", encoding="utf-8-sig") as stream:
         try:
-            return np.array([[float(row[name]) for name in names] for row in csv.DictReader(stream)])
-        except (KeyError, TypeError, ValueError) as error:
+            table = np.array([[float(row[name]) for name in names] for row in csv.DictReader(stream)])
+        except (KeyError, TypeError, ValueError, csv.Error) as error:
             raise UserError(f"{path}: expected columns {', '.join(names)} with numbers, found {error}") from error
+    if not len(table):
+        raise UserError(f"{path}: no rows")
+    return table
 
 
 def instruction_indices(rows: list[dict], folder: Path, known: set[int]) -> tuple[list[int | None], str]:

@@ -8,6 +8,7 @@ import doctest
 import json
 import math
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -537,3 +538,10 @@ def test_intervals_cover(what: str) -> None:
             truth, x = -0.05, tax.paired_proportions(old.astype(int), new.astype(int))["difference"]
         inside += x["ci_low"] <= truth <= x["ci_high"]
     assert 0.93 <= inside / 500 <= 0.97
+
+
+def test_text_in_another_encoding_is_one_line(tmp_path: Path) -> None:
+    """A .txt in latin-1: its name and what was expected."""
+    (tmp_path / "old.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    with pytest.raises(tax.UserError, match="old.txt: expected UTF-8"):
+        tax.read_documents(str(tmp_path / "old.txt"), Counter())

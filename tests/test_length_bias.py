@@ -240,6 +240,7 @@ def test_message_lists_and_columns(out: Path) -> None:
         "    assert all(p[0]['role'] == 'user' for p in prompts)\n"
         "    return [None if r == 'lost' else w * len(r) % 7 for r, w in zip(responses, weight)]\n"
         "def short(prompts, responses, **columns):\n    return [1.0]\n"
+        "def text(prompts, responses, **columns):\n    return ['long'] * len(responses)\n"
     )
     rows = [{"prompt": [{"role": "user", "content": f"{i}?"}], "weight": 3,
              "chosen": [{"role": "assistant", "content": "a" * (i % 9 + 1)}], "rejected": "b" * (i % 5 + 1)}
@@ -251,6 +252,8 @@ def test_message_lists_and_columns(out: Path) -> None:
     assert list(found["controls"]) == [f"{file}:known"]
     with pytest.raises(length_bias.UserError, match="1 values for"):
         run(path, out, control_fn=[f"{file}:short"])
+    with pytest.raises(length_bias.UserError, match="expected a number or None per response"):
+        run(path, out, control_fn=[f"{file}:text"])
     with pytest.raises(length_bias.UserError, match="no function absent"):
         run(path, out, control_fn=[f"{file}:absent"])
 
@@ -382,6 +385,13 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             del sys.modules[name]
 
     monkeypatch.setattr(sys, "path", list(sys.path))  # evaluate appends its folder of modules
+    find_class = evaluate.loading.import_main_class
+
+    def import_main_class(path: str) -> Any:
+        importlib.invalidate_caches()  # a folder made within one tick of the clock is not seen otherwise
+        return find_class(path)
+
+    monkeypatch.setattr(evaluate.loading, "import_main_class", import_main_class)
     for name in ("HF_MODULES_CACHE", "HF_METRICS_CACHE", "HF_EVALUATE_CACHE"):
         monkeypatch.setattr(evaluate.config, name, tmp_path / name)
     forget()

@@ -2,6 +2,7 @@
 
 import csv
 import doctest
+import importlib
 import json
 import math
 import shutil
@@ -619,6 +620,13 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             del sys.modules[name]
 
     monkeypatch.setattr(sys, "path", list(sys.path))  # evaluate appends its folder of modules
+    find_class = evaluate.loading.import_main_class
+
+    def import_main_class(path: str) -> Any:
+        importlib.invalidate_caches()  # a folder made within one tick of the clock is not seen otherwise
+        return find_class(path)
+
+    monkeypatch.setattr(evaluate.loading, "import_main_class", import_main_class)
     for name in ("HF_MODULES_CACHE", "HF_METRICS_CACHE", "HF_EVALUATE_CACHE"):
         monkeypatch.setattr(evaluate.config, name, tmp_path / name)
     forget()
@@ -709,3 +717,10 @@ def test_lc_intervals_cover(tmp_path: Path) -> None:
         found = win_rate.bootstrap_ids(lambda rows: win_rate.lc_glm(*(x[rows] for x in data)), ids, 100, draw)  # noqa: B023
         hits += found["ci_low"] <= 0.4 <= found["ci_high"]
     assert 0.92 <= hits / 500 <= 0.97, hits / 500
+
+
+def test_a_table_of_lc_data_without_rows_is_an_error(tmp_path: Path) -> None:
+    """A header alone."""
+    (tmp_path / "instruction_difficulty.csv").write_text("instruction_index,instruction_difficulty\n")
+    with pytest.raises(win_rate.UserError, match="instruction_difficulty.csv: no rows"):
+        win_rate.read_table(tmp_path / "instruction_difficulty.csv", ("instruction_index", "instruction_difficulty"))
