@@ -2,7 +2,6 @@
 
 import csv
 import doctest
-import importlib
 import json
 import math
 import shutil
@@ -619,14 +618,8 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         for name in [name for name in sys.modules if name.partition(".")[0] == "evaluate_modules"]:
             del sys.modules[name]
 
-    monkeypatch.setattr(sys, "path", list(sys.path))  # evaluate appends its folder of modules
-    find_class = evaluate.loading.import_main_class
-
-    def import_main_class(path: str) -> Any:
-        importlib.invalidate_caches()  # a folder made within one tick of the clock is not seen otherwise
-        return find_class(path)
-
-    monkeypatch.setattr(evaluate.loading, "import_main_class", import_main_class)
+    own = str(tmp_path / "HF_MODULES_CACHE")  # first: evaluate appends its folder, behind that of an earlier test
+    monkeypatch.setattr(sys, "path", [own, *sys.path])
     for name in ("HF_MODULES_CACHE", "HF_METRICS_CACHE", "HF_EVALUATE_CACHE"):
         monkeypatch.setattr(evaluate.config, name, tmp_path / name)
     forget()
