@@ -1,7 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["openai==3.52.0", "transformers==5.23.0", "numpy==2.4.6", "scipy==1.17.1", "torch==2.13.0",
-#     "peft==0.21.2", "accelerate==1.15.0", "bitsandbytes==0.50.2", "safetensors==0.8.0"]
+# dependencies = ["openai==3.52.0", "transformers==5.23.0", "numpy==2.4.6"]
 # ///
 """LLM as a judge: which of two answers to a question is better, asked in both orders (Zheng et al. 2023, MT-Bench).
 
@@ -33,18 +32,18 @@ them. Each reply is appended and synced before it is counted, under a key of jud
 prompt, texts and order; the same command after a crash asks only what has no reply yet. <output>.lock lets one run at a
 time write. Replies that could not be read count as replies (at temperature 0 they would come again); failed calls are
 asked again. The API key is read from the environment only.
+
+--reward_model, and nothing else, needs rm_accuracy.py and its libraries beside this file.
 """
 
 import hashlib
 import json
-import logging
 import math
 import os
 import re
 import sys
 import threading
 import time
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -63,12 +62,6 @@ CHARS_PER_TOKEN = 4  # a usual figure for English; for estimates only, what a re
 REFUSES_LOGPROBS = ("http 400", "http 403", "http 422")  # OpenAI's reasoning models answer 403
 CHUNK = 64  # games per call of a judge function
 MIN_MASS = 0.1  # less probability than this on A and B together is no verdict
-HEAD_KEY = "base_model.model.score.weight"  # where AutoModelForSequenceClassification + PEFT look for the head
-PLAIN_TEMPLATE = (  # for models that come without a chat template: no new token is added to the vocabulary
-    "{% for m in messages %}{% if m['role'] == 'assistant' %}Assistant: {{ m['content'] }}{{ eos_token }}\n{% else %}"
-    "{{ m['role'] | capitalize }}: {{ m['content'] }}\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}Assistant:{% endif %}"
-)
 
 RULES = """
 Judge what is said: is it correct, does it do what was asked, is it clear. Length is no merit: more words are better
@@ -108,10 +101,6 @@ A reference answer is given. Check against it first; where you are sure that it 
 # ---------------------------------------------------------------------------------------------------------- arguments
 class UserError(Exception):
     """A mistake in what the user gave, printed as one line: what, where, what was expected, what to do."""
-
-
-class BadRow(Exception):
-    """A row that can't be used: BadRow(reason, detail); rows are counted by reason, the first detail is shown."""
 
 
 def arg(default: Any, help: str) -> Any:
@@ -1037,291 +1026,6 @@ def settle_verdict(args: Args, pairs: list[tuple[dict, dict]], endpoint: Endpoin
     return ("text", row) if row["reply"] is None or row["error"] in ("no logprobs", "unparsed") else ("logprobs", row)
 
 
-# ------------------------------------------------------------------------------- a reward model, as in rm_accuracy.py
-def to_messages(prompt: str | list[dict]) -> list[dict]:
-    """A string prompt is one user message; a message list stays as it is."""
-    if isinstance(prompt, str):
-        return [{"role": "user", "content": prompt}]
-    if not isinstance(prompt, list) or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt):
-        raise BadRow("neither a string nor a message list", str(prompt)[:60])
-    return prompt
-
-
-def render(tokenizer: Any, messages: list[dict], add_generation_prompt: bool) -> str:
-    """The chat template's text; a template that refuses the messages (roles, order) makes the row a bad one."""
-    from jinja2 import TemplateError  # the chat template engine of transformers
-
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except (TemplateError, TypeError, KeyError, ValueError) as error:
-        raise BadRow("refused by the chat template", str(error)) from error
-
-
-def tokenize(tokenizer: Any, text: str) -> list[int]:
-    """Token ids with exactly one BOS where the tokenizer is one that adds it, whether the text has it or not."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    bos = tokenizer.bos_token_id
-    if bos is not None and tokenizer("a")["input_ids"][0] == bos and ids[:1] != [bos]:
-        ids = [bos] + ids
-    while bos is not None and ids[:2] == [bos, bos]:
-        ids = ids[1:]
-    return ids
-
-
-def encode_prompt(tokenizer: Any, prompt: str | list[dict]) -> list[int]:
-    """Token ids of a prompt up to the point where the assistant begins to write."""
-    return tokenize(tokenizer, render(tokenizer, to_messages(prompt), True))
-
-
-def encode_response(tokenizer: Any, prompt: str | list[dict], response: str, stop_ids: list[int]) -> list[int]:
-    """Token ids of `response` as the continuation of encode_prompt(prompt), up to and with the token that ends it.
-
-    The rendered prompt must be a prefix of the rendered conversation: else the model would be trained on text that it
-    is never asked to continue, so BadRow shows both sides of the boundary.
-    """
-    messages = to_messages(prompt)
-    before = render(tokenizer, messages, True)
-    whole = render(tokenizer, [*messages, {"role": "assistant", "content": response}], False)
-    if not whole.startswith(before):
-        at = len(os.path.commonprefix([before, whole]))
-        start = before[max(0, at - 20) : at]
-        detail = f"after {start!r} the prompt has {before[at:][:30]!r}, with its response {whole[at:][:30]!r}"
-        raise BadRow("chat template: the prompt is no prefix of prompt + response", detail)
-    prompt_ids, ids = tokenize(tokenizer, before), tokenize(tokenizer, whole)
-    if ids[: len(prompt_ids)] == prompt_ids:
-        ids = ids[len(prompt_ids) :]
-    else:  # a token would straddle the boundary: the model will have to start afresh there, so do we
-        ids = tokenizer(whole[len(before) :], add_special_tokens=False)["input_ids"]
-    end = next((t for t, token in enumerate(ids) if token in stop_ids), None)
-    return ids[: end + 1] if end is not None else [*ids, tokenizer.eos_token_id]
-
-
-def find_adapter(source: str, revision: str | None) -> Path | None:
-    """The folder of a PEFT adapter (a run folder or a hub id), None where `source` is a whole model."""
-    if Path(source).is_dir():
-        return Path(source) if (Path(source) / "adapter_config.json").is_file() else None
-    from transformers.utils import cached_file
-
-    try:
-        for name in ("args.json", "reward.json", "adapter_model.safetensors", "adapter_config.json"):
-            found = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
-        return Path(str(found)).parent if found else None
-    except OSError as error:
-        raise UserError(f"{source}: no such folder, and not to be had from the hub ({type(error).__name__})") from error
-
-
-def find_base(adapter: Path) -> str:
-    """The base that an adapter names; a relative path may also be relative to a parent of the adapter's folder."""
-    name = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
-    candidates = [Path(name), *(parent / name for parent in adapter.resolve().parents)]
-    found = next((path for path in candidates if (path / "config.json").is_file()), None)
-    if found is None and Path(name).is_absolute():
-        raise UserError(f"{adapter}/adapter_config.json: base model {name} is not there; move it back or edit it")
-    return str(found.resolve()) if found else name
-
-
-def find_stop_ids(tokenizer: Any, generation_config: Any) -> list[int]:
-    """Tokens that end a response: the tokenizer's EOS, the model's own list, and the template's end of turn."""
-    ids = {tokenizer.eos_token_id}
-    if generation_config is not None and generation_config.eos_token_id is not None:
-        eos = generation_config.eos_token_id
-        ids |= set(eos) if isinstance(eos, list) else {eos}
-    user = [{"role": "user", "content": "a"}]
-    try:
-        whole = render(tokenizer, [*user, {"role": "assistant", "content": "XYZ"}], False)
-    except BadRow as bad:
-        raise UserError(f"chat template: {bad.args[0]} ({bad.args[1]})") from bad
-    after = tokenizer(whole.rpartition("XYZ")[2].lstrip(), add_special_tokens=False)["input_ids"]
-    token = tokenizer.added_tokens_decoder.get(after[0]) if after else None
-    if token is not None and token.special:
-        ids.add(after[0])
-    return sorted(ids)
-
-
-def check_canaries(scores: list[float], card: dict, quant: str, dtype: str, where: str) -> None:
-    """Compare canary scores with those recorded in reward.json (normalised, so in sd); UserError if the head changed.
-
-    Same quantisation and dtype: within 1e-4 in fp32, 0.05 otherwise; else rank correlation 0.95 and shift below 0.25.
-    """
-    recorded = np.array([canary["score"] for canary in card["canaries"]])
-    difference = np.abs(np.array(scores) - recorded)
-    if (quant, dtype) == (card["quant"], card["dtype"]):
-        limit = 1e-4 if dtype == "float32" else 0.05
-        passed, text = bool(difference.max() <= limit), f"largest difference {difference.max():.2g}, allowed {limit}"
-    else:
-        ranks = [np.argsort(np.argsort(x)) for x in (recorded, scores)]
-        correlation = float(np.corrcoef(ranks[0], ranks[1])[0, 1])
-        shift = abs(float(np.mean(np.array(scores) - recorded)))
-        passed = bool(correlation >= 0.95 and shift < 0.25)
-        text = f"rank correlation {correlation:.3f} (at least 0.95), shift {shift:.2f} sd (below 0.25)"
-    if not passed:
-        raise UserError(
-            f"{where}: the scores in reward.json do not reproduce ({text}); another base, or a changed head"
-        )
-    print(f"reward model: {len(recorded)} canaries reproduce ({text})")
-
-
-class Scorer(NamedTuple):
-    """A frozen reward model: r(x, y) = head(state of the last token of response y to prompt x)."""
-
-    model: Any  # a sequence classifier in eval mode, with the adapter where the source is a run folder
-    head: Any  # linear, fp32: states (B, d) -> scores (B, 1); its bias takes off the mean that reward.json records
-    tokenizer: Any
-    stop_ids: list[int]  # tokens that end a response; [] for a whole model, which reads its template's text to the end
-    window: int  # tokens that the model can read
-    quant: str
-    dtype: str
-
-
-def pick_precision(folder: Path | None, quant: str, dtype: str, device: Any) -> tuple[str, str]:
-    """(quant, dtype) without "auto": as the run folder records them, else NF4 on a GPU and none elsewhere."""
-    import torch
-
-    recorded = json.loads((folder / "args.json").read_text()) if folder and (folder / "args.json").is_file() else {}
-    if quant == "auto":
-        quant = recorded.get("quant") or ("nf4" if device.type == "cuda" else "none")
-    if dtype == "auto":
-        half = torch.cuda.get_device_capability(device)[0] >= 8 if device.type == "cuda" else quant == "nf4"
-        same = quant == recorded.get("quant")
-        dtype = recorded["dtype"] if same and "dtype" in recorded else "bfloat16" if half else "float32"
-    return quant, dtype
-
-
-def load_classifier(
-    base: str, folder: Path | None, quant: str, dtype: str, trust_remote_code: bool, device: Any
-) -> Any:
-    """A sequence classifier with one score in eval mode, with the adapter of `folder` on it; nf4: double quantisation.
-
-    A whole model must bring its own head, never a random one; that of a run folder is left to load_scorer.
-    """
-    import torch
-    import transformers
-    from peft import PeftModel
-
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "dtype": getattr(torch, dtype)}
-    if folder:
-        options["num_labels"] = 1
-    if quant == "nf4":
-        options["device_map"] = {"": device}
-        options["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=options["dtype"], llm_int8_skip_modules=["lm_head", "score"],
-        )  # fmt: skip
-    try:
-        model, loaded = transformers.AutoModelForSequenceClassification.from_pretrained(
-            base, output_loading_info=True, **options
-        )
-        head = getattr(model, "score", None)
-        if head is None or head.out_features != 1 or (not folder and "score.weight" in loaded["missing_keys"]):
-            raise UserError(f"{base}: neither a run folder of reward.py nor a decoder with one trained score")
-        model = PeftModel.from_pretrained(model, str(folder)) if folder else model
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{folder or base}: can't be loaded as a reward model ({reason})") from error
-    model = model.to(device).eval()
-    if device.type == "cpu" and model.num_parameters() < 10**7:
-        torch.set_num_threads(1)  # so small a model gains little from threads, and loses much where cores are shared
-    modules: Any = model.modules()
-    for module in modules:  # bitsandbytes would repack 4-bit weights at the first pass: other scores after it
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-            if device.type == "cpu" and module.in_features % 64 in (16, 32, 48):
-                raise UserError(f"model {base}: bitsandbytes misreads {module.in_features} inputs on CPU; --quant none")
-    return model
-
-
-def load_scorer(source: str, quant: str, dtype: str, trust_remote_code: bool = False, check: bool = True) -> Scorer:
-    """--reward_model: a run folder of reward.py (adapter and head), or a whole sequence classifier with one score.
-
-    `check`: the canaries of reward.json must reproduce, or the head is refused.
-    """
-    for name in ("bitsandbytes", "accelerate"):  # the first warns on import that an optional package is missing
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")  # about calls between the two
-    import torch
-    import transformers
-    from safetensors.torch import load_file
-
-    transformers.utils.logging.set_verbosity_error()  # it warns that the head is new; the folder's own takes its place
-    transformers.utils.logging.disable_progress_bar()
-    folder = find_adapter(source, None)
-    base = find_base(folder) if folder else source
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if folder and not (folder / "adapter_model.safetensors").is_file():
-        raise UserError(f"{folder}: adapter_model.safetensors is missing; is the run unfinished?")
-    weights = load_file(folder / "adapter_model.safetensors") if folder else {}
-    if folder and HEAD_KEY not in weights:
-        raise UserError(f"{source}: no reward head ({HEAD_KEY} is missing in its adapter); is it from reward.py?")
-    quant, dtype = pick_precision(folder, quant, dtype, device)
-    model = load_classifier(base, folder, quant, dtype, trust_remote_code, device)
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder or base, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source}: no tokenizer there ({type(error).__name__})") from error
-    tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
-
-    # The head in fp32 (4-bit loading rounds the one in the model), and what else a run folder records
-    weight, bias = (weights[HEAD_KEY], None) if folder else (model.score.weight, model.score.bias)
-    head = torch.nn.Linear(weight.shape[1], 1, device=device)
-    card: dict[str, Any] = {"mean": 0.0, "canaries": []}
-    stop_ids: list[int] = []
-    if folder:
-        try:
-            generation = transformers.GenerationConfig.from_pretrained(base)
-        except OSError:  # no generation_config.json
-            generation = transformers.GenerationConfig.from_model_config(model.config)
-        stop_ids = find_stop_ids(tokenizer, generation)
-        if (folder / "reward.json").is_file():
-            card = json.loads((folder / "reward.json").read_text())
-        else:
-            print(f"reward model: {folder} has no reward.json; scores are neither centred nor checked")
-    with torch.no_grad():
-        head.weight.copy_(weight)
-        head.bias.fill_(-card["mean"] if bias is None else bias.item())
-    window = getattr(model.config, "max_position_embeddings", None) or 10**6
-    scorer = Scorer(model, head, tokenizer, stop_ids, window, quant, dtype)
-    if check and card["canaries"]:
-        texts = [encode_text(scorer, canary["prompt"], canary["response"]) for canary in card["canaries"]]
-        check_canaries(score_ids(scorer, texts, 1).tolist(), card, quant, dtype, source)
-    return scorer
-
-
-def encode_text(scorer: Scorer, prompt: str | list[dict], response: str) -> list[int]:
-    """Token ids of prompt and response, up to and with the token that ends it; BadRow where they can't be scored."""
-    messages = to_messages(prompt)
-    if not messages or not all(isinstance(t, str) and t.strip() for t in (messages[-1]["content"], response)):
-        raise BadRow("empty prompt or response")
-    if scorer.stop_ids:
-        ids = encode_prompt(scorer.tokenizer, prompt)
-        ids = ids + encode_response(scorer.tokenizer, prompt, response, scorer.stop_ids)
-    else:
-        whole = [*messages, {"role": "assistant", "content": response}]
-        ids = tokenize(scorer.tokenizer, render(scorer.tokenizer, whole, False))
-    if len(ids) > scorer.window:
-        raise BadRow(f"longer than the {scorer.window} tokens that the model can read")
-    return ids
-
-
-def score_ids(scorer: Scorer, texts: list[list[int]], batch_size: int) -> np.ndarray:
-    """Scores (n,) of token rows: batches of like length, padded at the right, read at each row's own last token."""
-    import torch
-
-    classifier = scorer.model.get_base_model() if hasattr(scorer.model, "peft_config") else scorer.model
-    backbone = getattr(classifier, classifier.base_model_prefix)
-    scores, order = np.zeros(len(texts)), sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    device = scorer.head.weight.device
-    for start in range(0, len(order), batch_size):
-        part = order[start : start + batch_size]
-        lengths = torch.tensor([len(texts[i]) for i in part], device=device)
-        width = len(texts[part[-1]])
-        ids = torch.tensor([texts[i] + [0] * (width - len(texts[i])) for i in part], device=device)
-        mask = (torch.arange(width, device=device) < lengths[:, None]).long()  # from lengths: pad may be EOS
-        with torch.no_grad():
-            states = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-            scores[part] = scorer.head(states[range(len(part)), lengths - 1].float()).squeeze(-1).cpu().numpy()
-    return scores
-
-
 # ---------------------------------------------------------------------------------------- judges that are functions
 def load_function(spec: str) -> Callable:
     """The function that `file.py:function` names."""
@@ -1352,23 +1056,34 @@ def load_judge(args: Args) -> tuple[Callable, str, str]:
     for path in sorted(Path(source).glob("*.safetensors")):
         with path.open("rb") as stream:
             digest.update(stream.read(1 << 24))
-    return reward_judge(load_scorer(source, "auto", "auto")), source, digest.hexdigest()
+    return reward_judge(source), source, digest.hexdigest()
 
 
-def reward_judge(scorer: Scorer) -> Callable:
-    """A judge function of a reward model: sigmoid(score of A - score of B); None where a text can't be scored."""
+def reward_judge(source: str) -> Callable:
+    """A judge function of a reward model: sigmoid(score of A - score of B); None where a text can't be scored.
+
+    rm_accuracy.py, beside this file, loads and scores: a second way to do so could give other scores.
+    """
+    tool = Path(__file__).with_name("rm_accuracy.py")
+    if not tool.is_file():
+        raise UserError(f"--reward_model needs rm_accuracy.py, which scores, beside {Path(__file__).name}")
+    its = load_function(f"{tool}:load_scorer").__globals__
+    try:
+        scorer = its["load_scorer"](source, "auto", "auto")
+    except its["UserError"] as error:
+        raise UserError(str(error)) from error
 
     def encode(prompt: Any, response: str) -> list[int]:
         try:
-            return encode_text(scorer, prompt, response)
-        except BadRow:
+            return its["encode_text"](scorer, prompt, response)
+        except its["BadRow"]:
             return []
 
     def judge(prompts: list, responses_a: list, responses_b: list, **columns: list) -> list[float | None]:
         pairs = zip(prompts * 2, responses_a + responses_b, strict=True)
         texts = [encode(prompt, response) for prompt, response in pairs]
         unique = sorted({tuple(ids) for ids in texts if ids})  # in either order the same score to the last bit
-        scores = dict(zip(unique, score_ids(scorer, [list(ids) for ids in unique], 16), strict=True))
+        scores = dict(zip(unique, its["score_ids"](scorer, [list(ids) for ids in unique], 16), strict=True))
         both = zip(texts[: len(prompts)], texts[len(prompts) :], strict=True)
         return [sigmoid(scores[tuple(a)] - scores[tuple(b)]) if a and b else None for a, b in both]
 

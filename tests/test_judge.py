@@ -404,6 +404,16 @@ def test_judge_fn_contract(tmp_path: Path) -> None:
             judge.main(args)
 
 
+def test_reward_model_needs_its_scorer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """rm_accuracy.py must stand beside judge.py, and what it refuses is judge's one line too."""
+    args = judge.Args(reward_model=str(tmp_path / "none"), output=str(tmp_path / "j.jsonl"))
+    with pytest.raises(judge.UserError, match="none"):
+        judge.main(args)
+    monkeypatch.setattr(judge, "__file__", str(tmp_path / "judge.py"))
+    with pytest.raises(judge.UserError, match="--reward_model needs rm_accuracy.py, which scores, beside judge.py"):
+        judge.main(args)
+
+
 def test_reward_model_is_the_sigmoid_of_the_difference(tmp_path: Path) -> None:
     """--reward_model tiny/reward: the scores of transformers and PEFT alone, one text at a time."""
     folder = ROOT / "tiny" / "reward"
