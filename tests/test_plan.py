@@ -8,6 +8,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -339,6 +340,42 @@ def test_rollout_and_updates(
     flags = {k: v for k, v in flags.items() if hasattr(SCRIPTS[stage].Args, k)}
     real = make_real(stage, model_folder("llama"), quant, *SHAPES[shape], checkpointing, **flags)
     check_rollout(real, g, monkeypatch, f"{stage}, {quant}, {shape}, G {g}, checkpointing {checkpointing}")
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo", "dpo", "grpo"])
+def test_no_entropy_waits_for_a_gradient(
+    stage: str, model_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When a loss without entropy goes backward, the entropies are gone: they would keep every chunk's logits."""
+    script, waiting, passes = SCRIPTS[stage], [], []
+    compute, backward = script.response_logprobs, torch.Tensor.backward
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        result = compute(*args, **kwargs)
+        waiting.append(weakref.ref(result[1]))
+        return result
+
+    def checked(loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        passes.append([ref() is None for ref in waiting])
+        backward(loss, *args, **kwargs)
+
+    monkeypatch.setattr(script, "response_logprobs", watched)
+    monkeypatch.setattr(torch.Tensor, "backward", checked)
+    if stage == "sft":
+        script.main(script.Args(max_steps=1, eval_size=2, output_dir=str(tmp_path / "run")))
+    elif stage == "dpo":
+        step(make_real(stage, model_folder("llama"), "none", *SHAPES["short"]))
+    else:
+        flags: dict[str, Any] = {"samples_per_prompt": 2, "sample_batch_size": 4}
+        flags |= {"minibatches": 1} if stage == "ppo" else {}
+        real = make_real(stage, model_folder("llama"), "none", *SHAPES["short"], **flags)
+        rollout = sampled(real, 2)
+        zeros = torch.zeros_like(rollout.sampler_logprobs)
+        if stage == "ppo":
+            script.policy_backward(real.model, rollout.minibatches[0], zeros, zeros, 100.0, real.flags)
+        else:
+            script.group_backward(real.model, rollout, rollout.mask, None, zeros, zeros, 100.0, real.flags)
+    assert passes and all(gone for found in passes for gone in found) and len(passes[-1]) >= 1
 
 
 @pytest.mark.slow
