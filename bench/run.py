@@ -12,11 +12,12 @@ The work: hh-rlhf dialogues on a Llama of 30 M parameters with random weights, L
 so that policy and reference differ), fp32, the same rows in the same batches, the same number of optimizer steps, no
 gradient checkpointing on either side. An end token that comes with probability 1/50 gives responses of natural lengths.
 
-What is measured, in the steps between the first and the last (the first warms up and is the one whose multiplications
-are counted; ours evaluates after the last):
+What is measured, in the steps between the first and the last (the first warms up, and is the one whose multiplications
+and memory are counted; ours evaluates after the last):
 
     seconds   median of a step; in dpo ours computes the reference before step 0: its share is added to every step
-    memory    high-water mark of resident memory up to the end of those steps, less what was held after the imports
+    memory    most bytes in tensors at a time, from the start to the end of the first step, which has the longest rows;
+              "resident" is the process's high-water mark in the later steps, libraries and allocator's slack included
     tokens    columns that went through the embedding in a step, and tokens that count: supervised or sampled ones
     limit     multiplications of the first step / seconds of that step / rate of a large matmul in the same process
     decoding  the larger of weight bytes / bandwidth and multiplications / matmul rate, over the seconds of sampling
@@ -25,6 +26,8 @@ Ratios are medians over pairs of turns. The losses of both are printed; they are
 (sft, reward, kwise, dpo), and can't be where each samples its own.
 """
 
+import contextlib
+import gc
 import importlib
 import json
 import math
@@ -34,6 +37,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -149,20 +153,28 @@ def make_model(args: Args, folder: Path, tokenizer: Any) -> None:
     table = model.get_input_embeddings().weight.data
     u = torch.randn(d).sign()
     table += 0.04 * u
-    ids = torch.randint(vocabulary, (8, 64))
-    with torch.no_grad():
-        hidden = model.model(input_ids=ids).last_hidden_state.flatten(0, 1)
-    wanted = math.log(vocabulary / args.mean_response_length)  # the other logits are nearly equal
-    table[tokenizer.eos_token_id] += u * wanted / (hidden @ u).mean()
-    model.save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
-    lora = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
+    lora: Any = get_peft_model(
+        model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     for name, p in lora.named_parameters():
         if "lora_B" in name:
             p.data.normal_(std=0.002)
+    with torch.no_grad():
+        hidden = model.model(input_ids=torch.randint(vocabulary, (4, 256))).last_hidden_state[:, 64:].flatten(0, 1)
+        logits = hidden @ table.T
+    eos, along = tokenizer.eos_token_id, hidden @ u
+    low, high = 0.0, 4 * math.log(vocabulary) / along.mean().item()
+    for _ in range(50):  # how much of u EOS needs, to be sampled once in --mean_response_length tokens
+        middle = (low + high) / 2
+        logits[:, eos] = hidden @ (table[eos] + middle * u)
+        often = logits.softmax(-1)[:, eos].mean() > 1 / args.mean_response_length
+        low, high = (low, middle) if often else (middle, high)
+    table[eos] += low * u
     lora.peft_config["default"].base_model_name_or_path = str((folder / "base").resolve())
     lora.save_pretrained(str(folder / "start"))
-    tokenizer.save_pretrained(folder / "start")
+    lora.unload().save_pretrained(folder / "base")
+    for name in ("start", "base"):
+        tokenizer.save_pretrained(folder / name)
 
 
 def prepare(args: Args) -> Path:
@@ -222,6 +234,12 @@ def reward_length(prompts: list, completions: list, **columns: Any) -> list[floa
 
 
 # ------------------------------------------------------------------------------------------------------- the meter
+class WholeModel(contextlib.nullcontext):
+    """Multiplications are counted for the whole; by module they can't be where a forward pass takes a gradient."""
+
+    parents = {"Global"}  # noqa: RUF012
+
+
 class Meter:
     """Counts what a turn does: seconds per step, resident memory, tokens through the embedding, multiplications."""
 
@@ -229,7 +247,9 @@ class Meter:
         self.steps, self.counted = steps, 0
         self.ends: list[float] = []
         self.losses: list[float | None] = []
-        self.idle, self.high = resident(), 0
+        self.memory = self.resident = self.held = 0
+        self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+        self.profiler.__enter__()
         self.tokens = {"grad": 0, "no_grad": 0, "sampled": 0}
         self.sampling, self.decode_calls, self.sampled_tokens, self.inside = 0.0, 0, 0, False
         self.flops: Any = None
@@ -257,7 +277,9 @@ class Meter:
         if self.flops is None:
             from torch.utils.flop_counter import FlopCounterMode
 
+            self.held, self.start_ns = tensor_bytes(), time.time_ns()
             self.flops, self.start = FlopCounterMode(display=False), time.perf_counter()
+            self.flops.mod_tracker = WholeModel()
             self.flops.__enter__()
 
     def end(self, loss: float | None) -> None:
@@ -265,10 +287,22 @@ class Meter:
         if not self.ends:
             self.flops.__exit__(None, None, None)
             self.first = [float(self.flops.get_total_flops()), time.perf_counter() - self.start]
+            self.memory = self.most_bytes()
+            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark of resident memory begins anew
         self.ends.append(time.perf_counter())
         if len(self.ends) <= self.steps + 1:
             self.losses.append(loss)
-            self.high = resident("VmHWM")
+            self.resident = high_water_mark()
+
+    def most_bytes(self) -> int:
+        """Most bytes in tensors so far, by the allocator's events; tensors that it did not make are in `held`."""
+        self.profiler.__exit__(None, None, None)
+        kineto: Any = self.profiler.profiler
+        events = kineto.kineto_results.events()
+        changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+        live = np.cumsum([n for _, n in changes])
+        before = sum(at < self.start_ns for at, _ in changes)
+        return int(live.max() - live[before - 1]) + self.held
 
     def around(self, function: Callable) -> Callable:
         """`function`, a sampler, with its seconds added up."""
@@ -289,7 +323,7 @@ class Meter:
         seconds = np.diff(self.ends[: self.steps + 1]).tolist()
         bound = max(self.decode_calls * weights * 4 / bandwidth, 2 * weights * self.tokens["sampled"] / rate)
         return {
-            "seconds": seconds, "memory": self.high - self.idle, "losses": self.losses,
+            "seconds": seconds, "memory": self.memory, "resident": self.resident, "losses": self.losses,
             "counted": self.counted / self.steps,
             "tokens": {name: n / self.steps for name, n in self.tokens.items()},
             "sampling": self.sampling / self.steps, "decoding_limit": bound / self.sampling if self.sampling else None,
@@ -298,9 +332,17 @@ class Meter:
         }  # fmt: skip
 
 
-def resident(name: str = "VmRSS") -> int:
-    """Resident memory of this process (bytes); VmHWM: its high-water mark."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+def tensor_bytes() -> int:
+    """Bytes of all tensors alive, each storage once."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        storages = [x.untyped_storage() for x in gc.get_objects() if isinstance(x, torch.Tensor)]
+    return sum({x.data_ptr(): x.nbytes() for x in storages if x.device.type != "meta"}.values())
+
+
+def high_water_mark() -> int:
+    """The most memory this process has had resident (bytes)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 
 
@@ -584,6 +626,7 @@ def summary(ours: list[dict], peer: list[dict]) -> dict:
     for name, turns in (("ours", ours), ("peer", peer)):
         rows[name] = {
             "seconds": middle(turns, seconds), "memory": middle(turns, lambda t: t["memory"]),
+            "resident": middle(turns, lambda t: t["resident"]),
             "limit": middle(turns, lambda t: t["limit"]), "flops": turns[0]["flops"],
             "sampling_share": middle(turns, lambda t: t["sampling"] / seconds(t)),
             "decoding_limit": turns[0]["decoding_limit"] and middle(turns, lambda t: t["decoding_limit"]),
@@ -601,13 +644,15 @@ def print_summary(stage: str, s: dict) -> None:
     mib, g = 2**20, 1e9
     print(f"\n{stage}: {s['counted']:.0f} tokens count per step; matmul {s['matmul_rate'] / g:.0f} GFLOP/s, "
           f"{s['bandwidth'] / g:.1f} GB/s")  # fmt: skip
-    print("|  | s/step | MiB | GFLOP | of limit | tokens with gradient / without / sampled | sampling | of its bound |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("|  | s/step | MiB | resident | GFLOP | of limit | tokens with gradient / without / sampled | sampling "
+          "| of its bound |")  # fmt: skip
+    print("|---|---|---|---|---|---|---|---|---|")
     for name in ("ours", "peer"):
         r = s[name]
         tokens = " / ".join(f"{r['tokens'][k]:.0f}" for k in ("grad", "no_grad", "sampled"))
         bound = f"{r['decoding_limit']:.2f}" if r["decoding_limit"] else "-"
-        print(f"| {name:5} | {r['seconds']:.2f} | {r['memory'] / mib:.0f} | {r['flops'] / g:.0f} | {r['limit']:.2f} "
+        print(f"| {name:5} | {r['seconds']:.2f} | {r['memory'] / mib:.0f} | {r['resident'] / mib:.0f} "
+              f"| {r['flops'] / g:.0f} | {r['limit']:.2f} "
               f"| {tokens} | {r['sampling_share']:.2f} | {bound} |")  # fmt: skip
     print(f"ours is {s['faster'][0]:.2f} times as fast [{s['faster'][1]:.2f}, {s['faster'][2]:.2f}] with "
           f"{s['memory_share'][0]:.2f} of the memory; losses "
