@@ -68,7 +68,9 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
+    Cache,
     DynamicCache,
+    DynamicLayer,
     HfArgumentParser,
 )
 
@@ -197,7 +199,9 @@ class Args:
     )
     clip_low: float | None = arg(None, "the ratio is clipped to at least 1 - this")
     clip_high: float | None = arg(None, "the ratio is clipped to at most 1 + this")
-    kl: Penalty | None = arg(None, "KL penalty: k1 in the reward, k2 or importance-corrected k3 in the loss")
+    kl: Penalty | None = arg(
+        None, "KL penalty: k1 in the reward, k2 or importance-corrected k3 in the loss; none: KL at evaluations only"
+    )
     kl_coef: float = arg(0.04, "weight of the KL penalty towards the reference")
     entropy_coef: float = arg(0.0, "weight of the entropy bonus")
     mu: int = arg(1, "updates on each rollout, all of it every time; 1: every ratio is 1, so clipping has no effect")
@@ -441,25 +445,36 @@ def learning_rate_at(step: int, total_steps: int, peak: float, warmup_ratio: flo
 
 
 def chunked_logprobs(
-    logits: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, temperature: float, chunk_size: int
-) -> tuple[Tensor, Tensor]:
+    logits: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, temperature: float, chunk_size: int,
+    all_gradients: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """hidden (N, d), targets (N,) -> log softmax(logits/temperature)[target] (N,) and entropy (N,), both fp32.
 
-    `chunk_size` tokens at a time; the backward pass recomputes each chunk, so (N, vocabulary) never exists at once.
+    `chunk_size` tokens at a time, so that (N, vocabulary) never exists. A token's log-prob depends on its own hidden
+    state alone: its gradient (d,) is taken at once and kept in the logits' place, so that backward computes nothing
+    again. all_gradients: of the entropy and to the head's weights too, for which backward recomputes each chunk.
     """
 
     def one_chunk(h: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        z = logits(h).float() / temperature
-        log_normaliser = z.logsumexp(-1)
-        logprob = z.gather(-1, target[:, None]).squeeze(-1) - log_normaliser
-        return logprob, log_normaliser - (z.softmax(-1) * z).sum(-1)  # entropy = log Z - E[z]
+        logp = (logits(h).float() / temperature).log_softmax(-1)
+        known = logp if all_gradients else logp.detach()
+        return logp.gather(-1, target[:, None]).squeeze(-1), -(known.exp() * known).sum(-1)
 
     chunks = zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True)
-    if hidden.requires_grad and len(targets) > chunk_size:
-        parts = [checkpoint(one_chunk, h, t, use_reentrant=False) for h, t in chunks]
-    else:
-        parts = [one_chunk(h, t) for h, t in chunks]
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    if all_gradients:
+        parts = [checkpoint(one_chunk, h, target, use_reentrant=False) for h, target in chunks]
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    slopes: list[Tensor] = []
+    parts = []
+    for h, target in chunks:
+        h = h.detach().requires_grad_(hidden.requires_grad)
+        logprob, entropy = one_chunk(h, target)
+        slopes += torch.autograd.grad(logprob.sum(), h) if h.requires_grad else []  # row i is d logprob i / d h i
+        parts.append((logprob.detach(), entropy))
+    logprobs, entropy = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    if slopes:  # plus 0, whose gradient to `hidden` is the one taken above
+        logprobs = logprobs + ((hidden - hidden.detach()).float() * torch.cat(slopes).float()).sum(-1)
+    return logprobs, entropy
 
 
 # ------------------------------------------------------------------------------------------------------------ data
@@ -663,6 +678,22 @@ def build_rows(rows: list[list[Part]], spots: list[list[Spot]], pad_id: int, dev
     return Rows(any(len(row) > 2 or len({part[2] for part in row}) > 1 for row in rows), *tensors)
 
 
+def additive_mask(seen: Tensor, distance: Tensor, config: Any, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+    """What each of Q tokens sees of K, and how many positions away, both (R, Q, K) -> 0 or the minimum, (R, 1, Q, K).
+
+    By layer type where windows occur; they count positions, not columns. A boolean mask would be wrong under eager
+    attention.
+    """
+    zero, minimum = torch.zeros((), dtype=dtype, device=seen.device), torch.finfo(dtype).min
+    full, window = torch.where(seen, zero, minimum)[:, None], getattr(config, "sliding_window", None)
+    if not window:
+        return full
+    windowed = torch.where(seen & (distance < window), zero, minimum)[:, None]
+    if getattr(config, "layer_types", None) is None:
+        return windowed
+    return {"full_attention": full, "sliding_attention": windowed}
+
+
 def attention_mask(rows: Rows, config: Any, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
     """(R, L) padding mask, or for mixed rows the additive mask (R, 1, L, L), by layer type where windows occur."""
     if not rows.mixed:
@@ -670,19 +701,7 @@ def attention_mask(rows: Rows, config: Any, dtype: torch.dtype) -> Tensor | dict
     i, j = rows.segment[:, :, None], rows.segment[:, None, :]
     seen = (rows.group[:, :, None] == rows.group[:, None, :]) & ((i == j) | (j == 1))
     seen &= torch.ones_like(seen[0]).tril()
-    zero, minimum = torch.zeros((), dtype=dtype), torch.finfo(dtype).min
-
-    def additive(visible: Tensor) -> Tensor:  # a boolean mask would be wrong under eager attention
-        return torch.where(visible, zero.to(visible.device), minimum)[:, None]
-
-    window = getattr(config, "sliding_window", None)
-    if not window:
-        return additive(seen)
-    distance = rows.position_ids[:, :, None] - rows.position_ids[:, None, :]  # windows count positions, not columns
-    types = getattr(config, "layer_types", None)
-    if types is None:
-        return additive(seen & (distance < window))
-    return {"full_attention": additive(seen), "sliding_attention": additive(seen & (distance < window))}
+    return additive_mask(seen, rows.position_ids[:, :, None] - rows.position_ids[:, None, :], config, dtype)
 
 
 Group = tuple[list[int], list[list[int]]]  # prompt ids and the ids of the responses to it
@@ -992,16 +1011,22 @@ def lm_logits(model: Any, hidden: Tensor) -> Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def response_logprobs(model: Any, rows: Rows, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def response_logprobs(
+    model: Any, rows: Rows, temperature: float = 1.0, all_gradients: bool = False
+) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies (S, T) of the supervised tokens under the active role; 0 where the mask is 0.
 
-    (S, T) states are picked by index_select, whose backward adds in a fixed order on CPU; plain indexing does not.
+    The entropies have gradients only with all_gradients. (S, T) states are picked by index_select, whose backward adds
+    in a fixed order on CPU; plain indexing does not.
     """
     real = rows.mask.bool()
     states = hidden_states(model, rows).flatten(0, 1).index_select(0, rows.state[real])
     causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
-    chunk_size = max(1, 2**25 // causal_lm.config.vocab_size)  # 128 MiB of fp32 logits
-    values = chunked_logprobs(lambda h: lm_logits(model, h), states, rows.targets[real], temperature, chunk_size)
+    all_gradients |= any(p.requires_grad for p in causal_lm.get_output_embeddings().parameters())
+    chunk_size = max(128, 2**22 // causal_lm.config.vocab_size)  # enough rows for a fast product; else 16 MiB of logits
+    values = chunked_logprobs(
+        lambda h: lm_logits(model, h), states, rows.targets[real], temperature, chunk_size, all_gradients
+    )
     logprobs, entropy = (torch.zeros(real.shape, device=v.device).masked_scatter(real, v) for v in values)
     return logprobs, entropy
 
@@ -1141,6 +1166,118 @@ def call_function(function: Callable, spec: str, prompts: list[dict], responses:
 
 
 # --------------------------------------------------------------------------------------------------------- rollout
+class GrowingLayer(DynamicLayer):
+    """Keys and values of a layer with room for more columns: plain ones would be copied whole at every token."""
+
+    keys: Any
+    values: Any
+    room: tuple[Any, ...]
+
+    def hold(self, n: int, *room: Tensor) -> None:
+        """Take keys and values (R, heads, columns, d), of which the first n columns are filled."""
+        self.room = room
+        self.keys, self.values = (x[:, :, :n] for x in room)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add columns; returns all, as attention asks for them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.hold(0, key_states[:, :, :0], value_states[:, :, :0])
+        n, m = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        if m > self.room[0].shape[2]:
+            self.hold(n, *(nn.functional.pad(x, (0, 0, 0, m - n + 128)) for x in (self.keys, self.values)))
+        for x, new in zip(self.room, (key_states, value_states), strict=True):
+            x[:, :, n:m] = new
+        self.hold(m, *self.room)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows."""
+        self.hold(self.keys.shape[2], *(x[indices] for x in self.room))
+
+
+class Decoding(NamedTuple):
+    """Responses in the making: n of them, side by side after their prompts in R rows of a KV cache of K columns."""
+
+    cache: Any  # of GrowingLayers, or as the model's own
+    segment: Tensor  # (R, K), -1 = padding, 0 = prompt, 1, 2, ... = one response
+    position: Tensor  # (R, K)
+    number: Tensor  # (n,), which response
+    row: Tensor  # (n,), its row, ascending
+    state: Tensor  # (n, d), the hidden state that predicts its next token
+
+
+def start_decoding(backbone: Any, prompts: list[list[int]], numbers: list[int], g: int, shared: bool) -> Decoding:
+    """Compute each prompt once, for `g` responses each; in a row of its own, or (not `shared`) in g copies of it.
+
+    Shared rows hold keys and values only, so the prompts can come in pieces: at most 4096 tokens, padding included,
+    are computed at once.
+    """
+    width, device = max(map(len, prompts)), backbone.device
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
+    seen = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    position = (seen.cumsum(1) - 1).clamp(min=0)
+    cache: Any = Cache(layer_class_to_replicate=GrowingLayer) if shared else DynamicCache(config=backbone.config)
+    size = max(1, 4096 // len(prompts)) if shared else width
+    for begin in range(0, width, size):
+        piece = slice(begin, begin + size)
+        output = backbone(
+            input_ids=ids[:, piece], position_ids=position[:, piece], attention_mask=seen[:, : piece.stop],
+            past_key_values=cache, use_cache=True,
+        )  # fmt: skip
+    copies = 1 if shared else g
+    if copies > 1:
+        cache.batch_repeat_interleave(copies)
+    segment, position = (x.repeat_interleave(copies, 0) for x in (seen - 1, position))
+    row = torch.arange(len(prompts) * g, device=device) * copies // g
+    state = output.last_hidden_state[:, -1].repeat_interleave(g, 0)
+    return Decoding(cache, segment, position, torch.tensor(numbers, device=device), row, state)
+
+
+def join_decodings(old: Decoding, new: Decoding) -> Decoding:
+    """Both as one; columns that only rows now gone had are cut off, rows that are too short are padded on the left."""
+    first = int((old.segment >= 0).any(0).long().argmax())
+    width = max(old.segment.shape[1] - first, new.segment.shape[1])
+
+    def joined(x: Tensor, y: Tensor, columns: int, fill: int) -> Tensor:
+        x = x.narrow(columns, first, x.shape[columns] - first)
+        after = [0, 0] * (x.dim() - 1 - columns)
+        return torch.cat([nn.functional.pad(z, [*after, width - z.shape[columns], 0], value=fill) for z in (x, y)])
+
+    for layer, more in zip(old.cache.layers, new.cache.layers, strict=True):
+        layer.hold(width, joined(layer.keys, more.keys, 2, 0), joined(layer.values, more.values, 2, 0))
+    segment, position = joined(old.segment, new.segment, 1, -1), joined(old.position, new.position, 1, 0)
+    row = torch.cat([old.row, new.row + len(old.segment)])
+    return Decoding(
+        old.cache, segment, position, torch.cat([old.number, new.number]), row, torch.cat([old.state, new.state])
+    )
+
+
+def go_on(
+    backbone: Any, decoding: Decoding, going: Tensor, token: Tensor, at: Tensor, g: int, shared: bool
+) -> Decoding:
+    """Of n responses those `going` (n,) go on with `token` at position `at`, both (n,); rows without any leave."""
+    number, token, at = decoding.number[going], token[going], at[going]
+    rows, row = torch.unique(decoding.row[going], return_inverse=True)
+    cache, segment, position = decoding.cache, decoding.segment, decoding.position
+    if len(rows) < len(segment):
+        cache.batch_select_indices(rows)
+        segment, position = segment[rows], position[rows]
+    slot = torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)  # its place in its row
+    ids, position_ids = (torch.zeros(len(rows), int(slot.max()) + 1, dtype=torch.long, device=row.device) for _ in "ab")
+    own = ids - 1
+    ids[row, slot], position_ids[row, slot], own[row, slot] = token, at, number % g + 1
+    segment, position = torch.cat([segment, own], 1), torch.cat([position, position_ids], 1)
+    mask: Any = (segment >= 0).long()
+    if shared:
+        seen = (segment[:, None] == own[:, :, None]) | (segment == 0)[:, None]
+        mask = additive_mask(seen, position_ids[:, :, None] - position[:, None], backbone.config, backbone.dtype)
+    output = backbone(
+        input_ids=ids, position_ids=position_ids, attention_mask=mask, past_key_values=cache, use_cache=True
+    )
+    return Decoding(cache, segment, position, number, row, output.last_hidden_state[row, slot])
+
+
 @torch.no_grad()
 def sample(
     model: Any, prompts: list[list[int]], names: list[int], samples_per_prompt: int, max_tokens: int,
@@ -1148,57 +1285,45 @@ def sample(
 ) -> tuple[list[list[int]], list[list[float]]]:  # fmt: skip
     """Responses to P prompts, samples_per_prompt (G) each -> (token ids, log-probs), P * G lists, prompt by prompt.
 
-    Each prompt is computed once and its KV cache repeated G times; rows that have ended leave the batch. Token t of a
-    response is the inverse CDF at one uniform number, a function of (key, names[p], sample, t) and of nothing else, so
-    neither `batch_size` nor the other prompts change what is sampled. key = (seed, stream, step).
+    Waiting prompts come in when half of `batch_size` responses have ended. Token t of a response is the inverse CDF at
+    one uniform number, a function of (key, names[p], sample, t) and of nothing else, so neither `batch_size` nor the
+    other prompts change what is sampled. key = (seed, stream, step).
     """
     causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
     backbone, device, g = getattr(causal_lm, causal_lm.base_model_prefix), causal_lm.device, samples_per_prompt
-    responses: list[list[int]] = [[] for _ in range(len(prompts) * g)]
-    logprobs: list[list[float]] = [[] for _ in range(len(prompts) * g)]
-    order = sorted(range(len(prompts)), key=lambda p: len(prompts[p]))
-    for chunk in (order[i : i + max(1, batch_size // g)] for i in range(0, len(order), max(1, batch_size // g))):
-        width, ids, mask = max(len(prompts[p]) for p in chunk), [], []
-        for p in chunk:  # padding on the left, so that all rows go on at the same column
-            ids.append([0] * (width - len(prompts[p])) + prompts[p])
-            mask.append([0] * (width - len(prompts[p])) + [1] * len(prompts[p]))
-        seen = torch.tensor(mask, device=device)
-        cache = DynamicCache(config=causal_lm.config)
-        output = backbone(
-            input_ids=torch.tensor(ids, device=device), attention_mask=seen, past_key_values=cache, use_cache=True,
-            position_ids=(seen.cumsum(1) - 1).clamp(min=0),
-        )  # fmt: skip
-        cache.batch_repeat_interleave(g)
-        state, seen = (x.repeat_interleave(g, 0) for x in (output.last_hidden_state[:, -1], seen))
-        alive = torch.tensor([p * g + k for p in chunk for k in range(g)], device=device)
-        noise = [
-            np.random.Generator(np.random.Philox(key=key[:2], counter=[0, k, names[p], key[2]])).random(max_tokens)
-            for p in chunk for k in range(g)
-        ]  # fmt: skip
-        uniform = torch.from_numpy(np.stack(noise)).to(device)
-        stops = torch.tensor(stop_ids, device=device)
-        for t in range(max_tokens):
-            logp = torch.log_softmax(lm_logits(model, state).float() / temperature, dim=-1)
-            cdf = logp.double().exp().cumsum(-1)
-            token = torch.searchsorted(cdf, (uniform[:, t] * cdf[:, -1])[:, None], right=True)
-            token = token.clamp(max=cdf.shape[1] - 1)
-            chosen = zip(alive.tolist(), token[:, 0].tolist(), logp.gather(1, token)[:, 0].tolist(), strict=True)
-            for i, token_id, logprob in chosen:
-                responses[i].append(token_id)
-                logprobs[i].append(logprob)
-            going = (~torch.isin(token[:, 0], stops)).nonzero()[:, 0]
-            if len(going) == 0 or t + 1 == max_tokens:
-                break
-            if len(going) < len(alive):
-                cache.batch_select_indices(going)
-                token, alive, seen, uniform = token[going], alive[going], seen[going], uniform[going]
-            seen = torch.cat([seen, torch.ones_like(token)], dim=1)
-            output = backbone(
-                input_ids=token, attention_mask=seen, past_key_values=cache, use_cache=True,
-                position_ids=seen.sum(1, keepdim=True) - 1,
-            )  # fmt: skip
-            state = output.last_hidden_state[:, -1]
-    return responses, logprobs
+    shared = causal_lm.config.model_type in SHARED_ROW_MODELS
+    noise = [
+        np.random.Generator(np.random.Philox(key=key[:2], counter=[0, k, name, key[2]])).random(max_tokens)
+        for name in names for k in range(g)
+    ]  # fmt: skip
+    uniform, stops = torch.from_numpy(np.stack(noise)).to(device), torch.tensor(stop_ids, device=device)
+    responses, logprobs = torch.zeros_like(uniform, dtype=torch.long), torch.zeros_like(uniform, dtype=torch.float32)
+    starts = torch.tensor([len(prompt) for prompt in prompts for _ in range(g)], device=device)
+    lengths = torch.zeros_like(starts)
+    waiting = sorted(range(len(prompts)), key=lambda p: len(prompts[p]))
+    decoding: Decoding | None = None
+    while waiting or decoding is not None:
+        room = (batch_size - (0 if decoding is None else len(decoding.number))) // g
+        if waiting and (decoding is None or (shared and 2 * room * g >= batch_size)):
+            some, waiting = waiting[: max(1, room)], waiting[max(1, room) :]
+            numbers = [p * g + k for p in some for k in range(g)]
+            new = start_decoding(backbone, [prompts[p] for p in some], numbers, g, shared)
+            decoding = new if decoding is None else join_decodings(decoding, new)
+        assert decoding is not None
+        who = decoding.number
+        at = lengths[who]
+        logp = torch.log_softmax(lm_logits(model, decoding.state).float() / temperature, dim=-1)
+        cdf = logp.exp().double().cumsum_(-1)
+        token = torch.searchsorted(cdf, (uniform[who, at] * cdf[:, -1])[:, None], right=True)
+        token = token.clamp(max=cdf.shape[1] - 1)
+        responses[who, at], logprobs[who, at] = token[:, 0], logp.gather(1, token)[:, 0]
+        lengths[who] += 1
+        going = ~torch.isin(token[:, 0], stops) & (at + 1 < max_tokens)
+        del logp, cdf  # before the next token needs memory
+        decoding = go_on(backbone, decoding, going, token[:, 0], starts[who] + at, g, shared) if going.any() else None
+    pairs = zip(responses.tolist(), logprobs.tolist(), lengths.tolist(), strict=True)
+    cut = [(tokens[:n], values[:n]) for tokens, values, n in pairs]
+    return [tokens for tokens, _ in cut], [values for _, values in cut]
 
 
 class Rollout(NamedTuple):
@@ -1664,22 +1789,22 @@ def response_advantages(returns: Tensor, mask: Tensor, baseline: Tensor | None, 
 
 
 def group_backward(
-    model: Any, rollout: Rollout, mask: Tensor, old_logprobs: Tensor | None, ref_logprobs: Tensor, advantages: Tensor,
-    n_tokens: float, args: Any,
+    model: Any, rollout: Rollout, mask: Tensor, old_logprobs: Tensor | None, ref_logprobs: Tensor | None,
+    advantages: Tensor, n_tokens: float, args: Any,
 ) -> tuple[Tensor, list[float]]:  # fmt: skip
     """Accumulate the policy's gradient; returns its log-probs (B, T) before the update, and this process's share of
     [loss, clip fraction, KL(old, new), entropy].
 
     `mask` (B, T) says which tokens count; n_tokens of them in the whole batch. old_logprobs None: pi_old is pi itself.
+    ref_logprobs None: no reference in the loss.
     """
-    current, sums = torch.zeros_like(ref_logprobs), torch.zeros(4, device=mask.device)
+    current, sums = torch.zeros_like(advantages), torch.zeros(4, device=mask.device)
     with role(model, "policy", grad=True):
         for numbers, rows in rollout.batches():
-            logprobs, entropy = response_logprobs(model, rows, args.temperature)
-            if not args.entropy_coef:
-                entropy = entropy.detach()  # waiting for a gradient, it would keep every chunk's logits in memory
+            logprobs, entropy = response_logprobs(model, rows, args.temperature, args.entropy_coef != 0)
             old, kept = logprobs.detach() if old_logprobs is None else old_logprobs[numbers], mask[numbers]
-            losses = token_losses(logprobs, old, ref_logprobs[numbers], advantages[numbers], kept, args)
+            reference = old if ref_logprobs is None else ref_logprobs[numbers]
+            losses = token_losses(logprobs, old, reference, advantages[numbers], kept, args)
             weights = token_weights(kept, args.aggregation, args.batch_size, n_tokens, args.max_response_length)
             loss = (losses * weights).sum() - args.entropy_coef * (entropy * kept).sum() / n_tokens
             loss.backward()
@@ -1801,16 +1926,20 @@ def table_with_rewards(before: dict, after: dict, seconds: float) -> str:
 
 
 def batch_means(
-    rollout: Rollout, scores: Tensor, log_ratio: Tensor, gold: np.ndarray | None, accelerator: Accelerator
+    rollout: Rollout, scores: Tensor, log_ratio: Tensor | None, gold: np.ndarray | None, accelerator: Accelerator
 ) -> dict[str, float]:
-    """Means over the whole batch: score, gold utility, KL(pi_old, pi_ref) in nats, length in tokens, eos_rate."""
-    kl = (log_ratio * rollout.mask).sum()
+    """Means over the whole batch: score, gold utility, KL(pi_old, pi_ref) in nats, length in tokens, eos_rate.
+
+    `log_ratio` (B, T), log pi_old - log pi_ref; None where the reference is not known.
+    """
+    kl = 0.0 if log_ratio is None else (log_ratio * rollout.mask).sum()
     judged = gold[~np.isnan(gold)] if gold is not None else np.zeros(0)
     sums = [scores.nansum(), (~scores.isnan()).sum(), judged.sum(), len(judged)]
     sums += [len(scores), kl, rollout.mask.sum(), rollout.ended.sum()]
     score, n_known, utility, n_judged, n, *totals = global_sums(accelerator, *(float(x) for x in sums))
     means = ({"score": score / n_known} if n_known else {}) | ({"gold": utility / n_judged} if n_judged else {})
-    return means | dict(zip(("kl", "response_length", "eos_rate"), (x / n for x in totals), strict=True))
+    means |= dict(zip(("kl", "response_length", "eos_rate"), (x / n for x in totals), strict=True))
+    return {name: value for name, value in means.items() if name != "kl" or log_ratio is not None}
 
 
 def settle_method(args: Args, world: int) -> None:
@@ -1925,18 +2054,19 @@ def main(args: Args) -> None:
         if not n_known:
             raise UserError(f"{', '.join(reward.source for reward in rewards)} returned None for every response")
 
-        # 2. log pi_ref at every token; log pi_old only where it is part of the reward: the first update computes it too
-        ref_logprobs, _ = role_logprobs(model, "reference", rollout, args.temperature)
-        old_logprobs = None
+        # 2. log pi_ref, if the KL penalty needs it; log pi_old, if it is part of the reward: the update computes it too
+        old_logprobs = ref_logprobs = None
+        if args.kl != "none" or step == 0:
+            ref_logprobs, _ = role_logprobs(model, "reference", rollout, args.temperature)
         if args.kl == "k1" or step == 0:
             old_logprobs, _ = role_logprobs(model, "policy", rollout, args.temperature)
         if step == 0:
-            assert old_logprobs is not None
+            assert old_logprobs is not None and ref_logprobs is not None
             gates = preflight(model, rollout, old_logprobs, ref_logprobs, args)
 
         # 3. Advantages: each response against its group, the batch or the greedy response
         returns = scores[:, None].expand(rollout.mask.shape)
-        if args.kl == "k1" and old_logprobs is not None:
+        if args.kl == "k1" and old_logprobs is not None and ref_logprobs is not None:
             returns = rewards_to_go(scores, old_logprobs, ref_logprobs, rollout.mask, args.kl_coef)
         baseline = None
         if args.advantage == "greedy":
@@ -1965,7 +2095,8 @@ def main(args: Args) -> None:
         total = total_rewards(table, [reward.weight for reward in rewards])
         flat, n_refilled = global_sums(accelerator, flat_groups(total, g).sum().item(), refilled)
         assert old_logprobs is not None
-        means = batch_means(rollout, total, old_logprobs - ref_logprobs, golds, accelerator)
+        log_ratio = old_logprobs - ref_logprobs if ref_logprobs is not None and args.kl != "none" else None
+        means = batch_means(rollout, total, log_ratio, golds, accelerator)
         names = ("policy_loss", "clip_fraction", "approx_kl", "entropy", "grad_norm")
         metrics = {
             "step": step, **means, **reward_metrics(table, rewards, g, accelerator), "flat": flat / n_prompts,

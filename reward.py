@@ -437,6 +437,22 @@ def build_rows(rows: list[list[Part]], spots: list[list[Spot]], pad_id: int, dev
     return Rows(any(len(row) > 2 or len({part[2] for part in row}) > 1 for row in rows), *tensors)
 
 
+def additive_mask(seen: Tensor, distance: Tensor, config: Any, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+    """What each of Q tokens sees of K, and how many positions away, both (R, Q, K) -> 0 or the minimum, (R, 1, Q, K).
+
+    By layer type where windows occur; they count positions, not columns. A boolean mask would be wrong under eager
+    attention.
+    """
+    zero, minimum = torch.zeros((), dtype=dtype, device=seen.device), torch.finfo(dtype).min
+    full, window = torch.where(seen, zero, minimum)[:, None], getattr(config, "sliding_window", None)
+    if not window:
+        return full
+    windowed = torch.where(seen & (distance < window), zero, minimum)[:, None]
+    if getattr(config, "layer_types", None) is None:
+        return windowed
+    return {"full_attention": full, "sliding_attention": windowed}
+
+
 def attention_mask(rows: Rows, config: Any, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
     """(R, L) padding mask, or for mixed rows the additive mask (R, 1, L, L), by layer type where windows occur."""
     if not rows.mixed:
@@ -444,19 +460,7 @@ def attention_mask(rows: Rows, config: Any, dtype: torch.dtype) -> Tensor | dict
     i, j = rows.segment[:, :, None], rows.segment[:, None, :]
     seen = (rows.group[:, :, None] == rows.group[:, None, :]) & ((i == j) | (j == 1))
     seen &= torch.ones_like(seen[0]).tril()
-    zero, minimum = torch.zeros((), dtype=dtype), torch.finfo(dtype).min
-
-    def additive(visible: Tensor) -> Tensor:  # a boolean mask would be wrong under eager attention
-        return torch.where(visible, zero.to(visible.device), minimum)[:, None]
-
-    window = getattr(config, "sliding_window", None)
-    if not window:
-        return additive(seen)
-    distance = rows.position_ids[:, :, None] - rows.position_ids[:, None, :]  # windows count positions, not columns
-    types = getattr(config, "layer_types", None)
-    if types is None:
-        return additive(seen & (distance < window))
-    return {"full_attention": additive(seen), "sliding_attention": additive(seen & (distance < window))}
+    return additive_mask(seen, rows.position_ids[:, :, None] - rows.position_ids[:, None, :], config, dtype)
 
 
 Group = tuple[list[int], list[list[int]]]  # prompt ids and the ids of the responses to it

@@ -168,25 +168,36 @@ def learning_rate_at(step: int, total_steps: int, peak: float, warmup_ratio: flo
 
 
 def chunked_logprobs(
-    logits: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, temperature: float, chunk_size: int
-) -> tuple[Tensor, Tensor]:
+    logits: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, temperature: float, chunk_size: int,
+    all_gradients: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """hidden (N, d), targets (N,) -> log softmax(logits/temperature)[target] (N,) and entropy (N,), both fp32.
 
-    `chunk_size` tokens at a time; the backward pass recomputes each chunk, so (N, vocabulary) never exists at once.
+    `chunk_size` tokens at a time, so that (N, vocabulary) never exists. A token's log-prob depends on its own hidden
+    state alone: its gradient (d,) is taken at once and kept in the logits' place, so that backward computes nothing
+    again. all_gradients: of the entropy and to the head's weights too, for which backward recomputes each chunk.
     """
 
     def one_chunk(h: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        z = logits(h).float() / temperature
-        log_normaliser = z.logsumexp(-1)
-        logprob = z.gather(-1, target[:, None]).squeeze(-1) - log_normaliser
-        return logprob, log_normaliser - (z.softmax(-1) * z).sum(-1)  # entropy = log Z - E[z]
+        logp = (logits(h).float() / temperature).log_softmax(-1)
+        known = logp if all_gradients else logp.detach()
+        return logp.gather(-1, target[:, None]).squeeze(-1), -(known.exp() * known).sum(-1)
 
     chunks = zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True)
-    if hidden.requires_grad and len(targets) > chunk_size:
-        parts = [checkpoint(one_chunk, h, t, use_reentrant=False) for h, t in chunks]
-    else:
-        parts = [one_chunk(h, t) for h, t in chunks]
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    if all_gradients:
+        parts = [checkpoint(one_chunk, h, target, use_reentrant=False) for h, target in chunks]
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    slopes: list[Tensor] = []
+    parts = []
+    for h, target in chunks:
+        h = h.detach().requires_grad_(hidden.requires_grad)
+        logprob, entropy = one_chunk(h, target)
+        slopes += torch.autograd.grad(logprob.sum(), h) if h.requires_grad else []  # row i is d logprob i / d h i
+        parts.append((logprob.detach(), entropy))
+    logprobs, entropy = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    if slopes:  # plus 0, whose gradient to `hidden` is the one taken above
+        logprobs = logprobs + ((hidden - hidden.detach()).float() * torch.cat(slopes).float()).sum(-1)
+    return logprobs, entropy
 
 
 # ------------------------------------------------------------------------------------------------------------ data
@@ -431,6 +442,22 @@ def build_rows(rows: list[list[Part]], spots: list[list[Spot]], pad_id: int, dev
     return Rows(any(len(row) > 2 or len({part[2] for part in row}) > 1 for row in rows), *tensors)
 
 
+def additive_mask(seen: Tensor, distance: Tensor, config: Any, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+    """What each of Q tokens sees of K, and how many positions away, both (R, Q, K) -> 0 or the minimum, (R, 1, Q, K).
+
+    By layer type where windows occur; they count positions, not columns. A boolean mask would be wrong under eager
+    attention.
+    """
+    zero, minimum = torch.zeros((), dtype=dtype, device=seen.device), torch.finfo(dtype).min
+    full, window = torch.where(seen, zero, minimum)[:, None], getattr(config, "sliding_window", None)
+    if not window:
+        return full
+    windowed = torch.where(seen & (distance < window), zero, minimum)[:, None]
+    if getattr(config, "layer_types", None) is None:
+        return windowed
+    return {"full_attention": full, "sliding_attention": windowed}
+
+
 def attention_mask(rows: Rows, config: Any, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
     """(R, L) padding mask, or for mixed rows the additive mask (R, 1, L, L), by layer type where windows occur."""
     if not rows.mixed:
@@ -438,19 +465,7 @@ def attention_mask(rows: Rows, config: Any, dtype: torch.dtype) -> Tensor | dict
     i, j = rows.segment[:, :, None], rows.segment[:, None, :]
     seen = (rows.group[:, :, None] == rows.group[:, None, :]) & ((i == j) | (j == 1))
     seen &= torch.ones_like(seen[0]).tril()
-    zero, minimum = torch.zeros((), dtype=dtype), torch.finfo(dtype).min
-
-    def additive(visible: Tensor) -> Tensor:  # a boolean mask would be wrong under eager attention
-        return torch.where(visible, zero.to(visible.device), minimum)[:, None]
-
-    window = getattr(config, "sliding_window", None)
-    if not window:
-        return additive(seen)
-    distance = rows.position_ids[:, :, None] - rows.position_ids[:, None, :]  # windows count positions, not columns
-    types = getattr(config, "layer_types", None)
-    if types is None:
-        return additive(seen & (distance < window))
-    return {"full_attention": additive(seen), "sliding_attention": additive(seen & (distance < window))}
+    return additive_mask(seen, rows.position_ids[:, :, None] - rows.position_ids[:, None, :], config, dtype)
 
 
 def pack_examples(
@@ -726,16 +741,22 @@ def lm_logits(model: Any, hidden: Tensor) -> Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def response_logprobs(model: Any, rows: Rows, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def response_logprobs(
+    model: Any, rows: Rows, temperature: float = 1.0, all_gradients: bool = False
+) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies (S, T) of the supervised tokens under the active role; 0 where the mask is 0.
 
-    (S, T) states are picked by index_select, whose backward adds in a fixed order on CPU; plain indexing does not.
+    The entropies have gradients only with all_gradients. (S, T) states are picked by index_select, whose backward adds
+    in a fixed order on CPU; plain indexing does not.
     """
     real = rows.mask.bool()
     states = hidden_states(model, rows).flatten(0, 1).index_select(0, rows.state[real])
     causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
-    chunk_size = max(1, 2**25 // causal_lm.config.vocab_size)  # 128 MiB of fp32 logits
-    values = chunked_logprobs(lambda h: lm_logits(model, h), states, rows.targets[real], temperature, chunk_size)
+    all_gradients |= any(p.requires_grad for p in causal_lm.get_output_embeddings().parameters())
+    chunk_size = max(128, 2**22 // causal_lm.config.vocab_size)  # enough rows for a fast product; else 16 MiB of logits
+    values = chunked_logprobs(
+        lambda h: lm_logits(model, h), states, rows.targets[real], temperature, chunk_size, all_gradients
+    )
     logprobs, entropy = (torch.zeros(real.shape, device=v.device).masked_scatter(real, v) for v in values)
     return logprobs, entropy
 
@@ -1022,7 +1043,6 @@ def main(args: Args) -> None:
         loss_sum = entropy_sum = 0.0
         for rows in pack_examples(mine, args.packing, args.micro_batch_size, tokenizer.pad_token_id, device):
             logprobs, entropy = response_logprobs(model, rows)
-            entropy = entropy.detach()  # waiting for a gradient, it would keep every chunk's logits in memory
             loss = sft_loss(logprobs, rows.mask, n_tokens)
             loss.backward()
             loss_sum, entropy_sum = loss_sum + loss.item(), entropy_sum + entropy.sum().item() / n_tokens

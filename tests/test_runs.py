@@ -362,7 +362,7 @@ def test_penalty_and_entropy_enter_the_gradient(update_parts: tuple[tuple, tuple
     def direct(loss: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> list[Tensor]:
         with ppo.role(model, "policy", grad=True):
             for numbers, rows in minibatch:
-                new, entropy = ppo.response_logprobs(model, rows)
+                new, entropy = ppo.response_logprobs(model, rows, all_gradients=True)
                 (loss(new, old[numbers], advantages[numbers], entropy) * rows.mask).sum().div(n).backward()
         return gradients_of(model, "policy")
 

@@ -163,6 +163,59 @@ def test_batch_size_does_not_change_what_is_sampled(family: str, batch: int) -> 
     assert sum(same, []) == pytest.approx(sum(logprobs, []), abs=1e-5)
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral windowed", "gemma3_text"])
+def test_refilling_changes_no_response(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts that wait and take the places of ended responses get what they get alone, in at most `batch` responses.
+
+    40 prompts of 1 to 12 tokens, 2 responses each, 12 at once: many joins, with rows of other widths and ages.
+    """
+    model, alive = make_model(family), []
+    prompts = [[5 + (p * k) % 20 for k in range(1, 2 + p * 7 % 12)] for p in range(40)]
+    alone = [draw(model, [prompt], [p], samples=2, tokens=20) for p, prompt in enumerate(prompts)]
+    joins, goes_on, join = [], ppo.go_on, ppo.join_decodings
+
+    def watched(backbone: Any, decoding: Any, *rest: Any) -> Any:
+        alive.append(len(decoding.number))
+        return goes_on(backbone, decoding, *rest)
+
+    def joined(old: Any, new: Any) -> Any:
+        joins.append(len(old.number))
+        return join(old, new)
+
+    monkeypatch.setattr(ppo, "go_on", watched)
+    monkeypatch.setattr(ppo, "join_decodings", joined)
+    responses, logprobs = draw(model, prompts, samples=2, tokens=20, batch=12)
+    assert responses == [y for ys, _ in alone for y in ys]
+    assert sum(logprobs, []) == pytest.approx(sum([row for _, rows in alone for row in rows], []), abs=1e-5)
+    assert len(joins) > 8 and max(joins) <= 6 and max(alive) <= 12
+
+
+def test_refilled_rows_follow_the_softmax() -> None:
+    """First tokens of prompts that came in late, after others had ended: chi-square against exact probabilities."""
+    model, n = toy(5), 4000
+    responses, _ = draw(model, [[4, 2]] * n, samples=1, tokens=3, stops=(1,), batch=64)
+    table = exact_table(model, [4, 2])[-1].exp()
+    late = Counter(y[0] for y in responses[64:])
+    statistic = sum((late[a] - (n - 64) * table[a].item()) ** 2 / ((n - 64) * table[a].item()) for a in range(5))
+    assert statistic < stats.chi2.ppf(0.999, 4)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral windowed", "gemma3_text"])
+def test_long_prompts_come_in_pieces(family: str) -> None:
+    """Two prompts of 4500 and 3000 tokens are computed in three pieces; responses outgrow the cache's spare columns."""
+    model = make_model(family)
+    prompts = [[5 + k % 20 for k in range(n)] for n in (4500, 3000)]
+    widths: list[int] = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda _, given, __: widths.append(given[0].shape[1]))
+    responses, logprobs = draw(model, prompts, samples=2, tokens=100, stops=())
+    hook.remove()
+    assert widths[:4] == [2048, 2048, 404, 2]
+    for i in (0, 2):
+        prompt = prompts[i // 2]
+        exact = exact_table(model, prompt + responses[i])[range(len(prompt) - 1, len(prompt) + 99), responses[i]]
+        assert logprobs[i] == pytest.approx(exact.tolist(), abs=1e-4)
+
+
 def test_other_prompts_and_their_order_do_not_matter() -> None:
     """A prompt alone, in another order, or on another process gives what it gives in the batch, by its name."""
     model = make_model("llama")

@@ -488,8 +488,7 @@ def hidden_states(run: Run, model: Any, rows: Any, tracker: Tracker) -> Tensor:
 def trace_pass(run: Run, shape: Shape, who: str, kind: str, n_layers: int, checkpointing: bool) -> PassBytes:
     """One micro-batch in the role `who`, of kind score, score+grad or update; critic and reward have scalar heads.
 
-    update runs backward with gradients already there, as from the second micro-batch on. Entropies (`values[1]`) are
-    let go of where they are not part of the loss, as the scripts do.
+    update runs backward with gradients already there, as from the second micro-batch on.
     """
     model, script, grad = build_model(run, n_layers, checkpointing), run.script, kind != "score"
     role = script.role(model, who, grad) if run.roles else nullcontext(model.train(grad))
@@ -508,11 +507,15 @@ def trace_pass(run: Run, shape: Shape, who: str, kind: str, n_layers: int, check
                 if who.startswith(("critic", "reward")):
                     loss = head(states.float()).sum()
                 else:
-                    size = max(1, 2**25 // run.config.vocab_size)  # as response_logprobs
-                    values = script.chunked_logprobs(lambda h: script.lm_logits(model, h), states, where, 1.0, size)
+                    size = max(128, 2**22 // run.config.vocab_size)  # as response_logprobs
                     with_entropy = bool(getattr(run.flags, "entropy_coef", 0.0))
-                    values = values[: 2 if with_entropy else 1]
-                    loss = sum(x.sum() for x in values)
+                    causal_lm = model.get_base_model() if run.roles else model
+                    weights = causal_lm.get_output_embeddings().parameters()
+                    everything = with_entropy or any(p.requires_grad for p in weights)
+                    values = script.chunked_logprobs(
+                        lambda h: script.lm_logits(model, h), states, where, 1.0, size, everything
+                    )
+                    loss = sum(x.sum() for x in values if x.requires_grad)
             if kind == "update":
                 del states
                 with tracker.tagged("backward"):
@@ -524,44 +527,62 @@ def trace_pass(run: Run, shape: Shape, who: str, kind: str, n_layers: int, check
 
 @functools.cache
 def trace_sampling(run: Run, n_prompts: int, g: int, n_layers: int) -> tuple[Bytes, Bytes]:
-    """(prefill, decode) of the script's `sample`, n_prompts x g responses: at the prompts, and at the last tokens."""
-    from transformers import DynamicCache
+    """(prefill, decode) of the script's `sample`, n_prompts x g responses: at the prompts, and at the last tokens.
+
+    Decoding is traced where the cache grows for the last time, or at the end where it never does.
+    """
+    from transformers import DynamicLayer
 
     model, script, n = build_model(run, n_layers, False), run.script, n_prompts * g
     causal_lm = model.get_base_model()
-    body = getattr(causal_lm, causal_lm.base_model_prefix)
+    body, shared = getattr(causal_lm, causal_lm.base_model_prefix), run.config.model_type in script.SHARED_ROW_MODELS
+    rows, side = (n_prompts, g) if shared else (n, 1)
 
-    class TaggedCache(DynamicCache):
-        def update(self, *args: Any, **kwargs: Any) -> Any:
+    def tagged(update: Callable) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
             with tracker.tagged("KV cache"):
-                return super().update(*args, **kwargs)
+                return update(*args, **kwargs)
 
-    def step(batch: int, queries: int, keys: int) -> Tensor:
-        ids, positions = (torch.zeros(batch, queries, dtype=torch.long, device=META) for _ in range(2))
-        seen = torch.ones(batch, keys, dtype=torch.long, device=META)
-        given = {"attention_mask": seen, "position_ids": positions, "past_key_values": cache, "use_cache": True}
-        return body(input_ids=ids, **given).last_hidden_state[:, -1]
+        return call
 
+    def step(cache: Any, keys: int) -> Tensor:
+        ids, positions = (torch.zeros(rows, side, dtype=torch.long, device=META) for _ in range(2))
+        mask: Any = torch.ones(rows, keys, dtype=torch.long, device=META)
+        if shared:
+            seen = torch.ones(rows, side, keys, dtype=torch.bool, device=META)
+            mask = script.additive_mask(seen, seen.long(), run.config, run.dtype)
+        given = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache, "use_cache": True}
+        return body(input_ids=ids, **given).last_hidden_state.flatten(0, 1)
+
+    room, full = run.prompt + 128, None  # as GrowingLayer: 128 columns to spare, whenever it is full
+    for filled in range(run.prompt + side, run.prompt + run.response * side, side):
+        if filled > room:
+            full, room = (filled - side, room), filled + 128
+    columns, room = full or (run.prompt + max(run.response - 4, 0) * side, room)
     with script.role(model, "policy"), torch.no_grad(), traced(n > 1) as tracker:
-        cache: Any = TaggedCache(config=causal_lm.config)
-        state = step(n_prompts, run.prompt, run.prompt)
-        with tracker.tagged("KV cache"):
-            cache.batch_repeat_interleave(g)
-        state = state.repeat_interleave(g, 0)
-        prefill, tracker.peak = tracker.peak, Counter()
-        length = max(run.prompt + run.response - 3, 1)
-        with tracker.tagged("KV cache"):
-            for x in cache.layers:
-                size = (n, x.keys.shape[1], length, x.keys.shape[3])
-                x.keys, x.values = (torch.empty(size, dtype=x.keys.dtype, device=META) for _ in range(2))
-        tracker.peak = Counter(tracker.live)
-        for t in (1, 2, 3):  # the log-probs of one token live until those of the next are there
-            with tracker.tagged("logits"):
-                logp = torch.log_softmax(script.lm_logits(model, state).float() / 1.0, dim=-1)
-                cdf = logp.double().exp().cumsum(-1)
-            if t < 3:
-                state = step(n, 1, length + t)
-        del logp, cdf, state
+        with mock.patch.object(DynamicLayer, "update", tagged(DynamicLayer.update)):
+            with mock.patch.object(script.GrowingLayer, "update", tagged(script.GrowingLayer.update)):
+                decoding = script.start_decoding(body, [[0] * run.prompt] * n_prompts, [0] * n, g, shared)
+                prefill, cache, state = tracker.peak, decoding.cache, decoding.state
+                del decoding
+                with tracker.tagged("KV cache"):
+                    for x in cache.layers:
+                        size = [rows, x.keys.shape[1], room if shared else columns, x.keys.shape[3]]
+                        pair = [torch.empty(size, dtype=x.keys.dtype, device=META) for _ in range(2)]
+                        if shared:
+                            x.hold(columns, *pair)
+                        else:
+                            x.keys, x.values = pair
+                        del pair
+                tracker.peak = Counter(tracker.live)
+                for t in (1, 2, 3):
+                    with tracker.tagged("logits"):
+                        logp = torch.log_softmax(script.lm_logits(model, state).float() / 1.0, dim=-1)
+                        cdf = logp.exp().double().cumsum_(-1)
+                    del logp, cdf
+                    if t < 3:
+                        state = step(cache, columns + t * side)
+                del state
     return prefill, tracker.peak
 
 
