@@ -10,14 +10,13 @@
 
 The work: hh-rlhf dialogues on a Llama of 30 M parameters with random weights, LoRA r=16 on all linear layers (B not 0,
 so that policy and reference differ), fp32, the same rows in the same batches, the same number of optimizer steps, no
-gradient checkpointing on either side. An end token that comes with probability 1/50 gives responses of natural lengths.
+gradient checkpointing on either side. An end token comes about once in 50 tokens, so responses have natural lengths.
 
 What is measured, in the steps between the first and the last (the first warms up, and is the one whose multiplications
 and memory are counted; ours evaluates after the last):
 
     seconds   median of a step; in dpo ours computes the reference before step 0: its share is added to every step
-    memory    most bytes in tensors at a time, from the start to the end of the first step, which has the longest rows;
-              "resident" is the process's high-water mark in the later steps, libraries and allocator's slack included
+    memory    most bytes in tensors at a time, from the start to the end of the first step, which has the longest rows
     tokens    columns that went through the embedding in a step, and tokens that count: supervised or sampled ones
     limit     multiplications of the first step / seconds of that step / rate of a large matmul in the same process
     decoding  the larger of weight bytes / bandwidth and multiplications / matmul rate, over the seconds of sampling
@@ -89,7 +88,7 @@ class Args:
     turns: int = arg(2, "turns of each side")
     samples_per_prompt: int = arg(8, "G of grpo, rloo and ppo")
     max_response_length: int = arg(128, "longest sampled response (tokens)")
-    mean_response_length: float = arg(50.0, "a token ends a response with probability 1 / this")
+    mean_response_length: float = arg(50.0, "of sampled responses, were none cut off (tokens)")
     ppo_epochs: int = arg(4, "passes over a rollout in ppo")
     threads: int = arg(0, "torch threads; 0: torch's choice")
     peer_folder: str = arg(str(ROOT / "runs" / "trl-1.12.0"), "ppo: folder with trl==1.12.0 (pip install --target)")
@@ -132,8 +131,8 @@ def read_pairs(folder: Path, tokenizer: Any, n: int, longest: int) -> list[dict]
     return found[:n]
 
 
-def make_model(args: Args, folder: Path, tokenizer: Any) -> None:
-    """A Llama of random weights whose samples end after a mean length, and an adapter with B not 0.
+def make_model(args: Args, folder: Path, tokenizer: Any, prompts: list[list[dict]]) -> None:
+    """A Llama of random weights whose responses to prompts have a mean length, and an adapter with B not 0.
 
     All embeddings share a direction u; so do then all hidden states, and EOS's output row has more of it.
     """
@@ -159,15 +158,23 @@ def make_model(args: Args, folder: Path, tokenizer: Any) -> None:
     for name, p in lora.named_parameters():
         if "lora_B" in name:
             p.data.normal_(std=0.002)
+    eos, n = tokenizer.eos_token_id, args.max_response_length
+    given = tokenizer.apply_chat_template(
+        prompts, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True, padding_side="left"
+    )
     with torch.no_grad():
-        hidden = model.model(input_ids=torch.randint(vocabulary, (4, 256))).last_hidden_state[:, 64:].flatten(0, 1)
-        logits = hidden @ table.T
-    eos, along = tokenizer.eos_token_id, hidden @ u
+        texts = lora.generate(
+            **given, do_sample=True, top_k=0, suppress_tokens=[eos], min_new_tokens=n, max_new_tokens=n
+        )
+        seen = torch.cat([given["attention_mask"], torch.ones(len(prompts), n, dtype=torch.long)], 1)
+        hidden = model.model(input_ids=texts, attention_mask=seen).last_hidden_state[:, -n - 1 : -1]
+        logits, along = hidden @ table.T, hidden @ u
+    going = torch.ones(n).mul(1 - 1 / args.mean_response_length).cumprod(0)  # the share that has not ended
     low, high = 0.0, 4 * math.log(vocabulary) / along.mean().item()
-    for _ in range(50):  # how much of u EOS needs, to be sampled once in --mean_response_length tokens
+    for _ in range(50):  # how much of u EOS needs, for responses of this mean length, --max_response_length included
         middle = (low + high) / 2
-        logits[:, eos] = hidden @ (table[eos] + middle * u)
-        often = logits.softmax(-1)[:, eos].mean() > 1 / args.mean_response_length
+        logits[..., eos] = hidden @ (table[eos] + middle * u)
+        often = (1 - logits.softmax(-1)[..., eos]).cumprod(1).mean(0)[:-1].sum() < going[:-1].sum()
         low, high = (low, middle) if often else (middle, high)
     table[eos] += low * u
     lora.peft_config["default"].base_model_name_or_path = str((folder / "base").resolve())
@@ -187,10 +194,10 @@ def prepare(args: Args) -> Path:
         raise UserError(f"--tokenizer {args.tokenizer}: {str(error).splitlines()[0]}") from error
     tokenizer.chat_template = TEMPLATE
     tokenizer.pad_token = tokenizer.unk_token or tokenizer.pad_token
-    make_model(args, folder, tokenizer)
     n_steps = args.steps + 2
     per_step = args.batch_size // (1 if args.stage in ("sft", "reward", "kwise", "dpo") else args.samples_per_prompt)
     pairs = read_pairs(Path(args.pairs), tokenizer, per_step * n_steps + 4, 384)
+    make_model(args, folder, tokenizer, [pair["prompt"] for pair in pairs[:16]])
     rows = [make_row(args.stage, pair, pairs, i) for i, pair in enumerate(pairs)]
     if args.stage == "ppo":
         make_reward_model(args, folder, pairs[:16])
@@ -247,7 +254,7 @@ class Meter:
         self.steps, self.counted = steps, 0
         self.ends: list[float] = []
         self.losses: list[float | None] = []
-        self.memory = self.resident = self.held = 0
+        self.memory = self.held = 0
         self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
         self.profiler.__enter__()
         self.tokens = {"grad": 0, "no_grad": 0, "sampled": 0}
@@ -288,11 +295,9 @@ class Meter:
             self.flops.__exit__(None, None, None)
             self.first = [float(self.flops.get_total_flops()), time.perf_counter() - self.start]
             self.memory = self.most_bytes()
-            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark of resident memory begins anew
         self.ends.append(time.perf_counter())
         if len(self.ends) <= self.steps + 1:
             self.losses.append(loss)
-            self.resident = high_water_mark()
 
     def most_bytes(self) -> int:
         """Most bytes in tensors so far, by the allocator's events; tensors that it did not make are in `held`."""
@@ -323,7 +328,7 @@ class Meter:
         seconds = np.diff(self.ends[: self.steps + 1]).tolist()
         bound = max(self.decode_calls * weights * 4 / bandwidth, 2 * weights * self.tokens["sampled"] / rate)
         return {
-            "seconds": seconds, "memory": self.memory, "resident": self.resident, "losses": self.losses,
+            "seconds": seconds, "memory": self.memory, "losses": self.losses,
             "counted": self.counted / self.steps,
             "tokens": {name: n / self.steps for name, n in self.tokens.items()},
             "sampling": self.sampling / self.steps, "decoding_limit": bound / self.sampling if self.sampling else None,
@@ -338,12 +343,6 @@ def tensor_bytes() -> int:
         warnings.simplefilter("ignore")
         storages = [x.untyped_storage() for x in gc.get_objects() if isinstance(x, torch.Tensor)]
     return sum({x.data_ptr(): x.nbytes() for x in storages if x.device.type != "meta"}.values())
-
-
-def high_water_mark() -> int:
-    """The most memory this process has had resident (bytes)."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
 
 
 def machine_limits() -> tuple[float, float]:
@@ -626,7 +625,6 @@ def summary(ours: list[dict], peer: list[dict]) -> dict:
     for name, turns in (("ours", ours), ("peer", peer)):
         rows[name] = {
             "seconds": middle(turns, seconds), "memory": middle(turns, lambda t: t["memory"]),
-            "resident": middle(turns, lambda t: t["resident"]),
             "limit": middle(turns, lambda t: t["limit"]), "flops": turns[0]["flops"],
             "sampling_share": middle(turns, lambda t: t["sampling"] / seconds(t)),
             "decoding_limit": turns[0]["decoding_limit"] and middle(turns, lambda t: t["decoding_limit"]),
@@ -644,14 +642,13 @@ def print_summary(stage: str, s: dict) -> None:
     mib, g = 2**20, 1e9
     print(f"\n{stage}: {s['counted']:.0f} tokens count per step; matmul {s['matmul_rate'] / g:.0f} GFLOP/s, "
           f"{s['bandwidth'] / g:.1f} GB/s")  # fmt: skip
-    print("|  | s/step | MiB | resident | GFLOP | of limit | tokens with gradient / without / sampled | sampling "
-          "| of its bound |")  # fmt: skip
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("|  | s/step | MiB | GFLOP | of limit | tokens with gradient / without / sampled | sampling | of its bound |")
+    print("|---|---|---|---|---|---|---|---|")
     for name in ("ours", "peer"):
         r = s[name]
         tokens = " / ".join(f"{r['tokens'][k]:.0f}" for k in ("grad", "no_grad", "sampled"))
         bound = f"{r['decoding_limit']:.2f}" if r["decoding_limit"] else "-"
-        print(f"| {name:5} | {r['seconds']:.2f} | {r['memory'] / mib:.0f} | {r['resident'] / mib:.0f} "
+        print(f"| {name:5} | {r['seconds']:.2f} | {r['memory'] / mib:.0f} "
               f"| {r['flops'] / g:.0f} | {r['limit']:.2f} "
               f"| {tokens} | {r['sampling_share']:.2f} | {bound} |")  # fmt: skip
     print(f"ours is {s['faster'][0]:.2f} times as fast [{s['faster'][1]:.2f}, {s['faster'][2]:.2f}] with "

@@ -90,7 +90,7 @@ def test_summary_by_hand() -> None:
     def turn(seconds: float, memory: int) -> dict:
         common = {"losses": [1.0], "counted": 7.0, "tokens": {"grad": 1, "no_grad": 2, "sampled": 3}, "sampling": 1.0}
         return common | {
-            "seconds": [seconds, seconds, 99.0], "memory": memory, "resident": memory, "limit": 0.5,
+            "seconds": [seconds, seconds, 99.0], "memory": memory, "limit": 0.5,
             "flops": 4.0, "decoding_limit": 0.25,
             "matmul_rate": 1e9, "bandwidth": 1e9,
         }  # fmt: skip
