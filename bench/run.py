@@ -84,7 +84,7 @@ class Args:
     layers: int = arg(10, "of the Llama")
     batch_size: int = arg(0, "examples per step; 0: the stage's own")
     micro_batch_size: int = arg(8, "examples per forward pass, on both sides")
-    steps: int = arg(2, "measured steps per turn")
+    steps: int = arg(1, "measured steps per turn")
     turns: int = arg(2, "turns of each side")
     samples_per_prompt: int = arg(8, "G of grpo, rloo and ppo")
     max_response_length: int = arg(128, "longest sampled response (tokens)")
@@ -96,7 +96,9 @@ class Args:
     side: Literal["both", "ours", "peer"] = arg("both", "one turn of one side, in this process; both: the comparison")
 
 
-SIZES = {"sft": 32, "reward": 16, "kwise": 4, "dpo": 16, "grpo": 64, "rloo": 64, "ppo": 32}  # examples per step
+# RL: so small that neither side's updates move the lengths of responses, and with them the work; the others as usual
+LEARNING_RATES = {"grpo": 1e-8, "rloo": 1e-8, "ppo": 1e-8}
+SIZES = {"sft": 32, "reward": 16, "kwise": 4, "dpo": 16, "grpo": 32, "rloo": 32, "ppo": 16}  # examples per step
 
 
 # -------------------------------------------------------------------------------------------------------- the work
@@ -417,7 +419,8 @@ def run_ours(args: Args, folder: Path) -> dict:
         "model": str(folder / "start"), "dataset": str(folder / "train.jsonl"), "output_dir": str(folder / "run"),
         "max_prompt_length": 1024,
         "eval_dataset": str(folder / "heldout.jsonl"), "batch_size": args.batch_size,
-        "micro_batch_size": args.micro_batch_size, "max_steps": args.steps + 2, "epochs": 9.0, "learning_rate": 1e-5,
+        "micro_batch_size": args.micro_batch_size, "max_steps": args.steps + 2, "epochs": 9.0,
+        "learning_rate": LEARNING_RATES.get(args.stage, 1e-5),
         "warmup_ratio": 0.0, "gradient_checkpointing": False,
     }  # fmt: skip
     script.main(script.Args(**{**flags, **settings[args.stage]}))
@@ -540,9 +543,9 @@ def run_peer(args: Args, folder: Path) -> dict:
     config = config_class(
         output_dir=str(folder / "peer"), per_device_train_batch_size=args.micro_batch_size,
         gradient_accumulation_steps=args.batch_size * pairs_per_example // args.micro_batch_size,
-        max_steps=args.steps + 1, learning_rate=1e-5, lr_scheduler_type="constant", bf16=False,
-        use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False, logging_steps=1, save_strategy="no",
-        report_to="none", disable_tqdm=True, **flags,
+        max_steps=args.steps + 1, learning_rate=LEARNING_RATES.get(args.stage, 1e-5), bf16=False,
+        lr_scheduler_type="constant", use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False,
+        logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, **flags,
     )  # fmt: skip
     trainer = trainer_class(
         model=model, args=config, train_dataset=datasets.Dataset.from_list(rows), callbacks=[Callback(meter)],
@@ -576,7 +579,8 @@ def run_peer_ppo(args: Args, folder: Path) -> dict:
     config = config_class(
         output_dir=str(folder / "peer"), per_device_train_batch_size=args.micro_batch_size,
         gradient_accumulation_steps=args.batch_size // args.micro_batch_size, num_mini_batches=1,
-        total_episodes=args.batch_size * (args.steps + 1), num_ppo_epochs=args.ppo_epochs, learning_rate=1e-5,
+        total_episodes=args.batch_size * (args.steps + 1), num_ppo_epochs=args.ppo_epochs,
+        learning_rate=LEARNING_RATES[args.stage],
         local_rollout_forward_batch_size=args.batch_size, response_length=args.max_response_length, stop_token="eos",
         temperature=1.0, num_sample_generations=0, bf16=False, use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=False, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,

@@ -135,6 +135,22 @@ def test_scaling_goes_through(tmp_path: Path) -> None:
     assert all(0 < row["sampling"] < 1 for row in result["batches"]) and len(result["attention"]) == 3
 
 
+@pytest.mark.slow
+def test_samplers_go_through(tmp_path: Path) -> None:
+    """Ours and transformers' on a small model: each draws at least one token a response and at most the longest."""
+    script = ROOT / "bench" / "sampling.py"
+    flags = ["--batch_size=16", "--max_response_length=6", "--turns=1", "--hidden_size=64", "--layers=2", "--threads=1"]
+    source = [f"--pairs={ROOT / 'tiny' / 'preferences.jsonl'}", f"--tokenizer={ROOT / 'tiny' / 'base'}"]
+    command = [sys.executable, str(script), *flags, *source, f"--output_dir={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "sampling.json").read_text())
+    samplers = [row for name, row in result.items() if name != "args"]
+    assert len(samplers) >= 4 and all(16 <= row["tokens"] <= 96 and row["seconds"] > 0 for row in samplers)
+    done = subprocess.run([*command, "--only", "beam"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("sampling.py: --only beam")
+
+
 def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """No data, no tokenizer: what and where."""
     run: Callable = bench.main
