@@ -1144,8 +1144,8 @@ def go_on(
         cache.batch_select_indices(rows)
         segment, position = segment[rows], position[rows]
     slot = torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)  # its place in its row
-    ids, position_ids = (torch.zeros(len(rows), int(slot.max()) + 1, dtype=torch.long, device=row.device) for _ in "ab")
-    own = ids - 1
+    ids = torch.zeros(len(rows), int(slot.max()) + 1, dtype=torch.long, device=row.device)
+    position_ids, own = torch.zeros_like(ids), torch.full_like(ids, -1)
     ids[row, slot], position_ids[row, slot], own[row, slot] = token, at, number % g + 1
     segment, position = torch.cat([segment, own], 1), torch.cat([position, position_ids], 1)
     mask: Any = (segment >= 0).long()

@@ -336,6 +336,22 @@ def test_every_method_runs_with_every_extra(method: str, run: Run, sft_run: Path
         assert all(abs(row["kl"]) < 1e-4 for row in rows) and abs(rows[1]["heldout_kl"]) > 1e-4
 
 
+@pytest.mark.parametrize(("kl", "passes"), [("none", 1), ("k3", 3)])
+def test_the_reference_is_computed_where_it_is_needed(
+    kl: str, passes: int, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three steps: once for the preflight without a KL penalty, else in each; and three times in the evaluations."""
+    calls, compute = [], grpo.role_logprobs
+
+    def counted(model: Any, who: str, *rest: Any) -> Any:
+        calls.append(who)
+        return compute(model, who, *rest)
+
+    monkeypatch.setattr(grpo, "role_logprobs", counted)
+    rows = strict_rows(run(kl=kl, max_steps=3, eval_every=0))
+    assert calls.count("reference") == passes + 3 and all(("kl" in row) == (kl != "none") for row in rows)
+
+
 EQUAL = [pytest.param(m, marks=[pytest.mark.slow] if m in ("dr_grpo", "gspo", "cispo") else []) for m in grpo.METHODS]
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import ROOT, STAGES
+from conftest import ROOT, STAGES, tiny_llama
 from torch import Tensor
 
 import ppo
@@ -381,6 +381,18 @@ def test_chunked_logprobs_equal_log_softmax(chunk_size: int, temperature: float,
         row = (hidden.double() @ weight.double().T)[i].tolist()
         assert logprob[i].item() == pytest.approx(reference.log_softmax(row, temperature)[targets[i]], abs=1e-9)
         assert entropy[i].item() == pytest.approx(reference.entropy(row, temperature), abs=1e-9)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_trained_head_has_its_gradient(tied: bool) -> None:
+    """Where all weights train (sft.py --lora_r 0), response_logprobs gives the head the plain loss's gradient too."""
+    model = tiny_llama(40, 1, 0, tie_word_embeddings=tied)
+    head, ids = model.get_output_embeddings().weight, [3, 5, 7, 9, 11, 2]
+    rows = sft.build_rows([[(ids, 0, 1, 1)]], [[(0, t - 1, t, ids[t]) for t in range(1, 6)]], 0, "cpu")
+    table = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    (expected,) = torch.autograd.grad(table[range(5), ids[1:]].sum(), head)
+    (found,) = torch.autograd.grad(sft.response_logprobs(model, rows)[0].sum(), head)
+    assert torch.allclose(found, expected, atol=1e-5) and found.abs().max() > 0.01
 
 
 def test_logprobs_are_fp32_even_from_bf16_logits() -> None:

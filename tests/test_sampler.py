@@ -216,6 +216,16 @@ def test_long_prompts_come_in_pieces(family: str) -> None:
         assert logprobs[i] == pytest.approx(exact.tolist(), abs=1e-4)
 
 
+def test_the_cache_is_not_copied_at_every_token() -> None:
+    """300 single columns after 5: what concatenation gives, in three tensors at most."""
+    torch.manual_seed(0)
+    layer, columns, places = ppo.GrowingLayer(), torch.randn(2, 3, 305, 4), set()
+    for begin, end in [(0, 5), *((n, n + 1) for n in range(5, 305))]:
+        keys, values = layer.update(columns[:, :, begin:end], -columns[:, :, begin:end])
+        places.add(keys.data_ptr())
+    assert torch.equal(keys, columns) and torch.equal(values, -columns) and len(places) <= 3
+
+
 def test_other_prompts_and_their_order_do_not_matter() -> None:
     """A prompt alone, in another order, or on another process gives what it gives in the batch, by its name."""
     model = make_model("llama")
