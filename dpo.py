@@ -818,34 +818,61 @@ def attention_mask(rows: Rows, config: Any, dtype: torch.dtype) -> Tensor | dict
 Group = tuple[list[int], list[list[int]]]  # prompt ids and the ids of the responses to it
 
 
-def share_prompts(groups: list[Group], config: Any) -> bool:
-    """Whether rows [prompt][y1][y2]... cost less than one padded row per response, by an estimate of the work.
+def fill_rows(lengths: list[int], width: int) -> list[list[int]]:
+    """Pieces of these lengths into rows of up to `width` columns, first fit decreasing -> the numbers of each row's."""
+    rows: list[list[int]] = []
+    free: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        r = next((r for r, columns in enumerate(free) if columns >= lengths[i]), len(rows))
+        if r == len(rows):  # fits nowhere
+            rows.append([])
+            free.append(width)
+        rows[r].append(i)
+        free[r] -= lengths[i]
+    return rows
+
+
+def row_width(groups: list[Group], config: Any) -> int:
+    """The width of rows [prompt][y1][y2]... of one or more groups, or 0: a padded row per response is less work.
 
     Per layer a token costs about 24 d^2 multiplications in the matrices and 4 L d in the attention of a row of L; a row
     with several responses pays for every masked pair. Models without plain attention always take padded rows.
     """
     if config.model_type not in SHARED_ROW_MODELS:
-        return False
-    d = config.hidden_size
+        return 0
     together = [len(prompt) + sum(map(len, responses)) for prompt, responses in groups]
     apart = [len(prompt) + len(y) for prompt, responses in groups for y in responses]
-    cost = [len(lengths) * max(lengths) * (24 * d + 4 * max(lengths)) for lengths in (together, apart)]
-    return cost[0] < cost[1]
+    layouts = [(0, len(apart), max(apart))]  # width asked for, rows, and columns that they come to
+    for width in (max(together) * sixteenths // 16 for sixteenths in range(16, 33)):
+        rows = fill_rows(together, width)
+        layouts.append((width, len(rows), max(sum(together[g] for g in row) for row in rows)))
+    return min(layouts, key=lambda rows: rows[1] * rows[2] * (24 * config.hidden_size + 4 * rows[2]))[0]
 
 
-def lay_out(groups: list[Group], shared: bool, pad_id: int, device: Any, width: int = 0) -> Rows:
-    """Groups -> Rows, responses in order; shared: a row is [prompt][y1][y2]..., else each response has a padded row."""
+def lay_out(groups: list[Group], row_columns: int, pad_id: int, device: Any, width: int = 0) -> Rows:
+    """Groups -> Rows, responses in order; `row_columns` 0: each in a padded row, else rows [prompt][y1][y2]... .
+
+    A row holds the groups that fit into `row_columns`, and one that alone is wider.
+    """
+    alone = [(prompt, [y]) for prompt, responses in groups for y in responses]
+    units = groups if row_columns else alone
+    lengths = [len(prompt) + sum(map(len, responses)) for prompt, responses in units]
     rows: list[list[Part]] = []
-    spots: list[list[Spot]] = []
-    for prompt, responses in groups:
-        for k, y in enumerate(responses):
-            if k == 0 or not shared:
-                rows.append([(prompt, 0, 1, 1)])
-            begin = sum(len(part[0]) for part in rows[-1])
-            rows[-1].append((y, len(prompt), 1, 2 + k))
-            before = [len(prompt) - 1, *range(begin, begin + len(y) - 1)]  # where the state before each token stands
-            spots.append([(len(rows) - 1, before[t], begin + t, token) for t, token in enumerate(y)])
-    return build_rows(rows, spots, pad_id, device, width)
+    spots: list[list[list[Spot]]] = [[] for _ in units]
+    for r, members in enumerate(sorted(map(sorted, fill_rows(lengths, row_columns)))):
+        rows.append([])
+        column = 0
+        for number, unit in enumerate(members, 1):
+            prompt, responses = units[unit]
+            rows[r].append((prompt, 0, number, 1))
+            column += len(prompt)
+            end = column - 1  # of the prompt: the state before each response
+            for k, y in enumerate(responses):
+                rows[r].append((y, len(prompt), number, 2 + k))
+                before = [end, *range(column, column + len(y) - 1)]  # where the state before each token stands
+                spots[unit].append([(r, before[t], column + t, token) for t, token in enumerate(y)])
+                column += len(y)
+    return build_rows(rows, [spot for unit in spots for spot in unit], pad_id, device, width)
 
 
 Micro = tuple[list[int], Rows]  # numbers of the responses, and their rows
@@ -870,7 +897,7 @@ def lay_out_rollout(
         for numbers in (order[k : k + micro_batch_size] for k in range(0, len(order), micro_batch_size)):
             same_prompt = itertools.groupby(numbers, key=lambda i: owners[i])
             some = [(groups[g][0], [ids[i] for i in members]) for g, members in same_prompt]
-            rows = lay_out(some, share_prompts(some, config), pad_id, device, width)
+            rows = lay_out(some, row_width(some, config), pad_id, device, width)
             minibatches[-1].append((numbers, rows))
     return minibatches
 
@@ -972,7 +999,7 @@ class Preferences(NamedTuple):
 
     rows: Rows
     ref_logprobs: Tensor  # (S, T), 0 where the loss has no reference
-    shared: bool  # whether the responses to a prompt share its forward pass
+    shared: bool  # whether rows hold several responses
     better: Tensor  # (P,), index of i among the S
     worse: Tensor  # (P,), index of j
     weight: Tensor  # (P,), 1 / number of pairs of the prompt, so that each prompt counts once
@@ -985,8 +1012,8 @@ class Preferences(NamedTuple):
 def collate(examples: list[dict], ref_logprobs: list[list[Tensor]], model: Any, pad_id: int) -> Preferences:
     """Examples and their reference log-probs, a tensor per response ([] where there are none), as one micro-batch."""
     groups = [e["group"] for e in examples]
-    shared = share_prompts(groups, model.get_base_model().config)
-    rows = lay_out(groups, shared, pad_id, model.device)
+    width = row_width(groups, model.get_base_model().config)
+    rows = lay_out(groups, width, pad_id, model.device)
     pairs: list[tuple] = []
     responses: list[tuple] = []
     for number, e in enumerate(examples):
@@ -1000,7 +1027,7 @@ def collate(examples: list[dict], ref_logprobs: list[list[Tensor]], model: Any, 
     reference = torch.zeros(rows.mask.shape)
     for s, y in enumerate(y for of_prompt in ref_logprobs for y in of_prompt):
         reference[s, : len(y)] = y
-    return Preferences(rows, reference.to(model.device), shared, *tensors)
+    return Preferences(rows, reference.to(model.device), width > 0, *tensors)
 
 
 def group_tokens(group: Group) -> int:
@@ -1269,7 +1296,7 @@ def response_logprobs(
     states = hidden_states(model, rows).flatten(0, 1).index_select(0, rows.state[real])
     causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
     all_gradients |= any(p.requires_grad for p in causal_lm.get_output_embeddings().parameters())
-    chunk_size = max(128, 2**22 // causal_lm.config.vocab_size)  # enough rows for a fast product; else 16 MiB of logits
+    chunk_size = max(128, 2**23 // causal_lm.config.vocab_size)  # enough rows for a fast product; else 32 MiB of logits
     values = chunked_logprobs(
         lambda h: lm_logits(model, h), states, rows.targets[real], temperature, chunk_size, all_gradients
     )
@@ -1395,7 +1422,7 @@ def load_reward_model(source: str, model: Any, base: str, tokenizer: Any, args: 
         prompt = encode_prompt(reward_tokenizer, canary["prompt"])
         response = encode_response(reward_tokenizer, canary["prompt"], canary["response"], stop_ids)
         with role(host, "reward"):
-            rows = lay_out([(prompt, [response])], False, reward_tokenizer.pad_token_id, device)
+            rows = lay_out([(prompt, [response])], 0, reward_tokenizer.pad_token_id, device)
             scores.append(head_scores(host, head, rows).item() - card["mean"])
     if (args.quant, args.dtype) != (card["quant"], card["dtype"]):
         print(f"reward model: trained in {card['quant']}, {card['dtype']}; now the policy's {args.quant}, {args.dtype}")
@@ -1679,7 +1706,7 @@ def score_responses(rollout: Rollout, reward: RewardModel | Callable, args: Any)
                 raise UserError(f"the reward model's template can't take {p['prompt']!r:.60}: {bad.args[1]}") from bad
         numbers = list(range(len(groups)))
         slices = [slice(i, i + args.micro_batch_size) for i in range(0, len(groups), args.micro_batch_size)]
-        batches = [(numbers[s], lay_out(groups[s], False, pad_id, device)) for s in slices]
+        batches = [(numbers[s], lay_out(groups[s], 0, pad_id, device)) for s in slices]
     scores = torch.zeros(len(rollout.responses), device=device)
     has_adapter = hasattr(reward.model, "peft_config")
     with role(reward.model, "reward") if has_adapter else torch.no_grad():
@@ -1883,8 +1910,7 @@ def group_logprobs(model: Any, who: str, groups: list[Group], pad_id: int, args:
     with role(model, who):
         for part in batches:
             some = [groups[g] for g in part]
-            shared = share_prompts(some, model.get_base_model().config)
-            rows = lay_out(some, shared, pad_id, model.device)
+            rows = lay_out(some, row_width(some, model.get_base_model().config), pad_id, model.device)
             logprobs = iter(response_logprobs(model, rows, args.temperature)[0].cpu())
             for g in part:
                 result[g] = [next(logprobs)[: len(y)].clone() for y in groups[g][1]]
@@ -2061,8 +2087,8 @@ def preference_sums(loss: Tensor, logprobs: Tensor, batch: Preferences, args: An
 def preference_metrics(sums: Sequence[float], args: Any) -> dict[str, float]:
     """Means over prompts: loss, implicit rewards, margin, accuracy (a tie counts half), log-probs, lengths in tokens.
 
-    shared_rows: share of prompts whose responses were one row. ref_kl: KL(pi_ref, pi) in nats per response, if the
-    responses were the reference's (`old_new_kl`).
+    shared_rows: share of prompts in rows that hold several responses. ref_kl: KL(pi_ref, pi) in nats per response, if
+    the responses were the reference's (`old_new_kl`).
     """
     total = dict(zip(SUMS, sums, strict=True))
 
@@ -2084,7 +2110,7 @@ def preference_metrics(sums: Sequence[float], args: Any) -> dict[str, float]:
 def prompt_values(model: Any, head: nn.Linear, examples: list[dict], pad_id: int) -> Tensor:
     """V(x) of each response's prompt (S,) under the active role; a prompt is read once, with one token after it."""
     groups = [(e["group"][0], [e["group"][1][0][:1]]) for e in examples]
-    values = head_values(model, head, lay_out(groups, False, pad_id, model.device))[:, 0]  # before the first token
+    values = head_values(model, head, lay_out(groups, 0, pad_id, model.device))[:, 0]  # before the first token
     counts = torch.tensor([len(e["group"][1]) for e in examples], device=model.device)
     return values.repeat_interleave(counts)
 

@@ -466,34 +466,61 @@ def attention_mask(rows: Rows, config: Any, dtype: torch.dtype) -> Tensor | dict
 Group = tuple[list[int], list[list[int]]]  # prompt ids and the ids of the responses to it
 
 
-def share_prompts(groups: list[Group], config: Any) -> bool:
-    """Whether rows [prompt][y1][y2]... cost less than one padded row per response, by an estimate of the work.
+def fill_rows(lengths: list[int], width: int) -> list[list[int]]:
+    """Pieces of these lengths into rows of up to `width` columns, first fit decreasing -> the numbers of each row's."""
+    rows: list[list[int]] = []
+    free: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        r = next((r for r, columns in enumerate(free) if columns >= lengths[i]), len(rows))
+        if r == len(rows):  # fits nowhere
+            rows.append([])
+            free.append(width)
+        rows[r].append(i)
+        free[r] -= lengths[i]
+    return rows
+
+
+def row_width(groups: list[Group], config: Any) -> int:
+    """The width of rows [prompt][y1][y2]... of one or more groups, or 0: a padded row per response is less work.
 
     Per layer a token costs about 24 d^2 multiplications in the matrices and 4 L d in the attention of a row of L; a row
     with several responses pays for every masked pair. Models without plain attention always take padded rows.
     """
     if config.model_type not in SHARED_ROW_MODELS:
-        return False
-    d = config.hidden_size
+        return 0
     together = [len(prompt) + sum(map(len, responses)) for prompt, responses in groups]
     apart = [len(prompt) + len(y) for prompt, responses in groups for y in responses]
-    cost = [len(lengths) * max(lengths) * (24 * d + 4 * max(lengths)) for lengths in (together, apart)]
-    return cost[0] < cost[1]
+    layouts = [(0, len(apart), max(apart))]  # width asked for, rows, and columns that they come to
+    for width in (max(together) * sixteenths // 16 for sixteenths in range(16, 33)):
+        rows = fill_rows(together, width)
+        layouts.append((width, len(rows), max(sum(together[g] for g in row) for row in rows)))
+    return min(layouts, key=lambda rows: rows[1] * rows[2] * (24 * config.hidden_size + 4 * rows[2]))[0]
 
 
-def lay_out(groups: list[Group], shared: bool, pad_id: int, device: Any, width: int = 0) -> Rows:
-    """Groups -> Rows, responses in order; shared: a row is [prompt][y1][y2]..., else each response has a padded row."""
+def lay_out(groups: list[Group], row_columns: int, pad_id: int, device: Any, width: int = 0) -> Rows:
+    """Groups -> Rows, responses in order; `row_columns` 0: each in a padded row, else rows [prompt][y1][y2]... .
+
+    A row holds the groups that fit into `row_columns`, and one that alone is wider.
+    """
+    alone = [(prompt, [y]) for prompt, responses in groups for y in responses]
+    units = groups if row_columns else alone
+    lengths = [len(prompt) + sum(map(len, responses)) for prompt, responses in units]
     rows: list[list[Part]] = []
-    spots: list[list[Spot]] = []
-    for prompt, responses in groups:
-        for k, y in enumerate(responses):
-            if k == 0 or not shared:
-                rows.append([(prompt, 0, 1, 1)])
-            begin = sum(len(part[0]) for part in rows[-1])
-            rows[-1].append((y, len(prompt), 1, 2 + k))
-            before = [len(prompt) - 1, *range(begin, begin + len(y) - 1)]  # where the state before each token stands
-            spots.append([(len(rows) - 1, before[t], begin + t, token) for t, token in enumerate(y)])
-    return build_rows(rows, spots, pad_id, device, width)
+    spots: list[list[list[Spot]]] = [[] for _ in units]
+    for r, members in enumerate(sorted(map(sorted, fill_rows(lengths, row_columns)))):
+        rows.append([])
+        column = 0
+        for number, unit in enumerate(members, 1):
+            prompt, responses = units[unit]
+            rows[r].append((prompt, 0, number, 1))
+            column += len(prompt)
+            end = column - 1  # of the prompt: the state before each response
+            for k, y in enumerate(responses):
+                rows[r].append((y, len(prompt), number, 2 + k))
+                before = [end, *range(column, column + len(y) - 1)]  # where the state before each token stands
+                spots[unit].append([(r, before[t], column + t, token) for t, token in enumerate(y)])
+                column += len(y)
+    return build_rows(rows, [spot for unit in spots for spot in unit], pad_id, device, width)
 
 
 # ----------------------------------------------------------------------------------------------------- preferences
@@ -847,8 +874,8 @@ def head_scores(model: Any, head: nn.Linear, rows: Rows) -> Tensor:
 
 def score_groups(model: Any, head: nn.Linear, groups: list[Group], pad_id: int) -> tuple[Tensor, bool]:
     """(S,) scores of all responses in order under the active role, and whether they shared their prompts' passes."""
-    shared = share_prompts(groups, model.config)
-    return head_scores(model, head, lay_out(groups, shared, pad_id, head.weight.device)), shared
+    width = row_width(groups, model.config)
+    return head_scores(model, head, lay_out(groups, width, pad_id, head.weight.device)), width > 0
 
 
 # ------------------------------------------------------------------------------------------------------ run folder

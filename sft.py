@@ -468,19 +468,28 @@ def attention_mask(rows: Rows, config: Any, dtype: torch.dtype) -> Tensor | dict
     return additive_mask(seen, rows.position_ids[:, :, None] - rows.position_ids[:, None, :], config, dtype)
 
 
+def fill_rows(lengths: list[int], width: int) -> list[list[int]]:
+    """Pieces of these lengths into rows of up to `width` columns, first fit decreasing -> the numbers of each row's."""
+    rows: list[list[int]] = []
+    free: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        r = next((r for r, columns in enumerate(free) if columns >= lengths[i]), len(rows))
+        if r == len(rows):  # fits nowhere
+            rows.append([])
+            free.append(width)
+        rows[r].append(i)
+        free[r] -= lengths[i]
+    return rows
+
+
 def pack_examples(
     examples: list[dict], packing: bool, micro_batch_size: int, pad_id: int, device: Any
 ) -> Iterator[Rows]:
     """Examples {"ids", "mask"} -> micro-batches of rows; with packing each row is filled up to the longest example."""
-    by_length = sorted(examples, key=lambda e: -len(e["ids"]))
-    bins: list[list[dict]] = []
-    for example in by_length:  # first fit decreasing: padding of a few per cent, no row longer than it must be
-        fits = (b for b in bins if sum(len(e["ids"]) for e in b) + len(example["ids"]) <= len(by_length[0]["ids"]))
-        home = next(fits, None) if packing else None
-        if home is None:
-            bins.append([example])
-        else:
-            home.append(example)
+    examples = sorted(examples, key=lambda e: -len(e["ids"]))
+    lengths = [len(e["ids"]) for e in examples]
+    filled = fill_rows(lengths, lengths[0]) if packing else [[i] for i in range(len(lengths))]
+    bins = [[examples[i] for i in row] for row in filled]  # padding of a few per cent, no row longer than it must be
     for start in range(0, len(bins), micro_batch_size):
         rows: list[list[Part]] = []
         spots: list[list[Spot]] = []
@@ -753,7 +762,7 @@ def response_logprobs(
     states = hidden_states(model, rows).flatten(0, 1).index_select(0, rows.state[real])
     causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
     all_gradients |= any(p.requires_grad for p in causal_lm.get_output_embeddings().parameters())
-    chunk_size = max(128, 2**22 // causal_lm.config.vocab_size)  # enough rows for a fast product; else 16 MiB of logits
+    chunk_size = max(128, 2**23 // causal_lm.config.vocab_size)  # enough rows for a fast product; else 32 MiB of logits
     values = chunked_logprobs(
         lambda h: lm_logits(model, h), states, rows.targets[real], temperature, chunk_size, all_gradients
     )

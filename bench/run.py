@@ -12,13 +12,13 @@ The work: hh-rlhf dialogues on a Llama of 30 M parameters with random weights, L
 so that policy and reference differ), fp32, the same rows in the same batches, the same number of optimizer steps, no
 gradient checkpointing on either side. An end token comes about once in 50 tokens, so responses have natural lengths.
 
-What is measured, in the steps between the first and the last (the first warms up, and is the one whose multiplications
-and memory are counted; ours evaluates after the last):
+What is measured, in the steps between the first and the last (the first warms up, and in the first turn of each side,
+where it takes longer for that, its multiplications and memory are counted; ours evaluates after the last):
 
-    seconds   median of a step; in dpo ours computes the reference before step 0: its share is added to every step
+    seconds   mean of the steps; in dpo ours computes the reference before step 0: its share is added to every step
     memory    most bytes in tensors at a time, from the start to the end of the first step, which has the longest rows
     tokens    columns that went through the embedding in a step, and tokens that count: supervised or sampled ones
-    limit     multiplications of the first step / seconds of that step / rate of a large matmul in the same process
+    limit     multiplications of the first step / its seconds in the other turns / rate of a large matmul
     decoding  the larger of weight bytes / bandwidth and multiplications / matmul rate, over the seconds of sampling
 
 Ratios are medians over pairs of turns. The losses of both are printed; they are equal where both see the same tokens
@@ -26,6 +26,7 @@ Ratios are medians over pairs of turns. The losses of both are printed; they are
 """
 
 import contextlib
+import ctypes
 import gc
 import importlib
 import json
@@ -84,7 +85,7 @@ class Args:
     layers: int = arg(10, "of the Llama")
     batch_size: int = arg(0, "examples per step; 0: the stage's own")
     micro_batch_size: int = arg(8, "examples per forward pass, on both sides")
-    steps: int = arg(1, "measured steps per turn")
+    steps: int = arg(0, "measured steps per turn; 0: as many as take less than ten minutes")
     turns: int = arg(2, "turns of each side")
     samples_per_prompt: int = arg(8, "G of grpo, rloo and ppo")
     max_response_length: int = arg(128, "longest sampled response (tokens)")
@@ -93,12 +94,15 @@ class Args:
     threads: int = arg(0, "torch threads; 0: torch's choice")
     peer_folder: str = arg(str(ROOT / "runs" / "trl-1.12.0"), "ppo: folder with trl==1.12.0 (pip install --target)")
     output_dir: str = arg("runs/bench", "work and results")
+    count: bool = arg(True, "count memory and multiplications in the first step; a comparison does in its first turns")
     side: Literal["both", "ours", "peer"] = arg("both", "one turn of one side, in this process; both: the comparison")
 
 
 # RL: so small that neither side's updates move the lengths of responses, and with them the work; the others as usual
 LEARNING_RATES = {"grpo": 1e-8, "rloo": 1e-8, "ppo": 1e-8}
 SIZES = {"sft": 32, "reward": 16, "kwise": 4, "dpo": 16, "grpo": 32, "rloo": 32, "ppo": 16}  # examples per step
+
+STEPS = {"sft": 4, "reward": 8, "kwise": 1, "dpo": 2, "grpo": 1, "rloo": 1, "ppo": 1}  # measured per turn
 
 
 # -------------------------------------------------------------------------------------------------------- the work
@@ -252,17 +256,18 @@ class WholeModel(contextlib.nullcontext):
 class Meter:
     """Counts what a turn does: seconds per step, resident memory, tokens through the embedding, multiplications."""
 
-    def __init__(self, steps: int):
-        self.steps, self.counted = steps, 0
+    def __init__(self, args: Args):
+        self.steps, self.counting, self.counted = args.steps, args.count, 0
         self.ends: list[float] = []
         self.losses: list[float | None] = []
-        self.memory = self.held = 0
-        self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
-        self.profiler.__enter__()
+        self.live = self.memory = self.forwards = 0  # live: bytes by the allocator's events; memory: the most so far
+        self.profiler: Any = start_profiler() if self.counting else None
         self.tokens = {"grad": 0, "no_grad": 0, "sampled": 0}
         self.sampling, self.decode_calls, self.sampled_tokens, self.inside = 0.0, 0, 0, False
         self.flops: Any = None
-        self.first = [0.0, 0.0]  # multiplications and seconds of step 0
+        if self.counting:
+            keep_freed_memory(False)
+        self.start, self.n_flops = 0.0, 0.0  # when the first step begins, and its multiplications
         plain = torch.nn.Embedding.forward
 
         def forward(embedding: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -270,8 +275,10 @@ class Meter:
                 self.tokens["sampled" if self.inside else "grad" if torch.is_grad_enabled() else "no_grad"] += (
                     ids.numel()
                 )
-            if self.inside and self.measuring():
-                self.decode_calls += 1
+            self.decode_calls += self.inside and self.measuring()
+            self.forwards += 1
+            if self.profiler and self.forwards % 8 == 0:
+                self.count_bytes()
             return plain(embedding, ids)
 
         layer: Any = torch.nn.Embedding
@@ -282,34 +289,42 @@ class Meter:
         return 1 <= len(self.ends) <= self.steps
 
     def begin(self) -> None:
-        """The first step begins: count its multiplications."""
-        if self.flops is None:
+        """A step begins; the first one's multiplications are counted."""
+        if self.start:
+            return
+        if self.counting:
             from torch.utils.flop_counter import FlopCounterMode
 
-            self.held, self.start_ns = tensor_bytes(), time.time_ns()
-            self.flops, self.start = FlopCounterMode(display=False), time.perf_counter()
+            self.count_bytes()
+            self.memory += tensor_bytes() - self.live  # of tensors that the allocator did not make, as loaded weights
+            self.live = tensor_bytes()
+            self.flops = FlopCounterMode(display=False)
             self.flops.mod_tracker = WholeModel()
             self.flops.__enter__()
+        self.start = time.perf_counter()
 
     def end(self, loss: float | None) -> None:
         """A step ends."""
-        if not self.ends:
+        if self.counting:
             self.flops.__exit__(None, None, None)
-            self.first = [float(self.flops.get_total_flops()), time.perf_counter() - self.start]
-            self.memory = self.most_bytes()
+            self.n_flops = float(self.flops.get_total_flops())
+            self.count_bytes()
+            self.profiler = self.profiler.__exit__(None, None, None)
+            self.counting = False
+            keep_freed_memory(True)
         self.ends.append(time.perf_counter())
         if len(self.ends) <= self.steps + 1:
             self.losses.append(loss)
 
-    def most_bytes(self) -> int:
-        """Most bytes in tensors so far, by the allocator's events; tensors that it did not make are in `held`."""
+    def count_bytes(self) -> None:
+        """Take the profiler's events, and start anew: events of a whole step of sampling are gigabytes."""
         self.profiler.__exit__(None, None, None)
         kineto: Any = self.profiler.profiler
         events = kineto.kineto_results.events()
         changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-        live = np.cumsum([n for _, n in changes])
-        before = sum(at < self.start_ns for at, _ in changes)
-        return int(live.max() - live[before - 1]) + self.held
+        live = self.live + np.cumsum([0, *(n for _, n in changes)])
+        self.live, self.memory = int(live[-1]), max(self.memory, int(live.max()))
+        self.profiler = start_profiler()
 
     def around(self, function: Callable) -> Callable:
         """`function`, a sampler, with its seconds added up."""
@@ -334,9 +349,27 @@ class Meter:
             "counted": self.counted / self.steps,
             "tokens": {name: n / self.steps for name, n in self.tokens.items()},
             "sampling": self.sampling / self.steps, "decoding_limit": bound / self.sampling if self.sampling else None,
-            "flops": self.first[0], "limit": self.first[0] / self.first[1] / rate, "matmul_rate": rate,
-            "bandwidth": bandwidth,
+            "flops": self.n_flops, "first": self.ends[0] - self.start, "matmul_rate": rate, "bandwidth": bandwidth,
         }  # fmt: skip
+
+
+def keep_freed_memory(keep: bool) -> None:
+    """Whether malloc reuses what large tensors free (True: as it does by itself) or gives it back (glibc only).
+
+    While the profiler runs, its events fall into what growing key-value caches free, which then takes 20 GB.
+    """
+    if sys.platform == "linux":
+        trim_threshold, mmap_threshold, most = -1, -3, 2**25
+        allocator = ctypes.CDLL(None)
+        allocator.mallopt(mmap_threshold, most if keep else 2**23)
+        allocator.mallopt(trim_threshold, 2 * most)
+
+
+def start_profiler() -> Any:
+    """A profiler of the CPU allocator's events that is already running."""
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+    profiler.__enter__()
+    return profiler
 
 
 def tensor_bytes() -> int:
@@ -366,7 +399,7 @@ def run_ours(args: Args, folder: Path) -> dict:
     """One turn of this repository's script, by its own main."""
     sys.path.insert(0, str(ROOT))
     script: Any = importlib.import_module(SCRIPTS.get(args.stage, args.stage))
-    meter, extra = Meter(args.steps), {"seconds": 0.0}
+    meter, extra = Meter(args), {"seconds": 0.0}
     reward = f"{Path(__file__).resolve()}:reward_length_ours"
     sampling = {
         "samples_per_prompt": args.samples_per_prompt, "max_response_length": args.max_response_length,
@@ -533,7 +566,7 @@ def run_peer(args: Args, folder: Path) -> dict:
         return run_peer_ppo(args, folder)
     name = {"sft": "SFT", "dpo": "DPO", "grpo": "GRPO", "rloo": "RLOO"}.get(args.stage, "Reward")
     trainer_class, config_class = getattr(trl, f"{name}Trainer"), getattr(trl, f"{name}Config")  # imports them
-    meter = Meter(args.steps)
+    meter = Meter(args)
     rows, flags = peer_rows_and_flags(args, peer_rows(args, folder))
     if name == "Reward":
         model = load_start(folder, AutoModelForSequenceClassification, "classifier")
@@ -569,7 +602,7 @@ def run_peer_ppo(args: Args, folder: Path) -> dict:
     """One turn of TRL 1.12's PPOTrainer: four models, LoRA on policy and value model."""
     ppo: Any = importlib.import_module("trl.experimental.ppo")
     trainer_class, config_class = ppo.PPOTrainer, ppo.PPOConfig
-    meter = Meter(args.steps)
+    meter = Meter(args)
     tokenizer = AutoTokenizer.from_pretrained(folder / "base", padding_side="left")
     rows = [r for r in peer_rows(args, folder) for _ in range(args.samples_per_prompt)]
     ids = [tokenizer.apply_chat_template(r["prompt"], add_generation_prompt=True, return_dict=False) for r in rows]
@@ -596,15 +629,15 @@ def run_peer_ppo(args: Args, folder: Path) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------------ comparison
-def turn(args: Args, side: str) -> dict:
-    """One turn in a process of its own."""
+def turn(args: Args, side: str, count: bool = True) -> dict:
+    """One turn in a process of its own; `count`: with memory and multiplications."""
     result = Path(args.output_dir) / args.stage / f"{side}.json"
     result.unlink(missing_ok=True)
-    given = [f"--{name}={value}" for name, value in vars(args).items() if name != "side"]
+    given = [f"--{name}={value}" for name, value in {**vars(args), "side": side, "count": count}.items()]
     log = result.with_suffix(".log")
     with log.open("w") as stream:
         code = subprocess.run(
-            [sys.executable, __file__, *given, f"--side={side}"], stdout=stream, stderr=subprocess.STDOUT, check=False,
+            [sys.executable, __file__, *given], stdout=stream, stderr=subprocess.STDOUT, check=False,
             env={**os.environ, "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"},
         ).returncode  # fmt: skip
     if code or not result.is_file():
@@ -623,19 +656,20 @@ def summary(ours: list[dict], peer: list[dict]) -> dict:
         return [statistics.median(all_ratios), all_ratios[0], all_ratios[-1]]
 
     def seconds(t: dict) -> float:
-        return statistics.median(t["seconds"])
+        return statistics.mean(t["seconds"])
 
     rows = {}
     for name, turns in (("ours", ours), ("peer", peer)):
         rows[name] = {
-            "seconds": middle(turns, seconds), "memory": middle(turns, lambda t: t["memory"]),
-            "limit": middle(turns, lambda t: t["limit"]), "flops": turns[0]["flops"],
+            "seconds": middle(turns, seconds), "memory": turns[0]["memory"],
+            "flops": turns[0]["flops"],
+            "limit": turns[0]["flops"] / middle(turns[1:] or turns, lambda t: t["first"] * t["matmul_rate"]),
             "sampling_share": middle(turns, lambda t: t["sampling"] / seconds(t)),
             "decoding_limit": turns[0]["decoding_limit"] and middle(turns, lambda t: t["decoding_limit"]),
             "tokens": turns[0]["tokens"], "losses": turns[0]["losses"],
         }  # fmt: skip
     return {
-        **rows, "faster": ratios(seconds), "memory_share": [1 / r for r in ratios(lambda t: t["memory"])],
+        **rows, "faster": ratios(seconds), "memory_share": ours[0]["memory"] / peer[0]["memory"],
         "counted": ours[0]["counted"], "matmul_rate": middle([*ours, *peer], lambda t: t["matmul_rate"]),
         "bandwidth": middle([*ours, *peer], lambda t: t["bandwidth"]),
     }  # fmt: skip
@@ -656,14 +690,14 @@ def print_summary(stage: str, s: dict) -> None:
               f"| {r['flops'] / g:.0f} | {r['limit']:.2f} "
               f"| {tokens} | {r['sampling_share']:.2f} | {bound} |")  # fmt: skip
     print(f"ours is {s['faster'][0]:.2f} times as fast [{s['faster'][1]:.2f}, {s['faster'][2]:.2f}] with "
-          f"{s['memory_share'][0]:.2f} of the memory; losses "
+          f"{s['memory_share']:.2f} of the memory; losses "
           + ", ".join(f"{a:.4f} / {b:.4f}" if None not in (a, b) else "-"
                       for a, b in zip(s["ours"]["losses"], s["peer"]["losses"], strict=False)))  # fmt: skip
 
 
 def main(args: Args) -> dict:
     """Compare one stage with TRL on the same work (bench/run.py)."""
-    args.batch_size = args.batch_size or SIZES[args.stage]
+    args.batch_size, args.steps = args.batch_size or SIZES[args.stage], args.steps or STEPS[args.stage]
     args.micro_batch_size = min(args.micro_batch_size, args.batch_size)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -676,8 +710,8 @@ def main(args: Args) -> dict:
     sides: dict[str, list[dict]] = {"ours": [], "peer": []}
     for number in range(args.turns):
         for side, turns in sides.items():
-            turns.append(turn(args, side))
-            print(f"turn {number + 1}, {side}: {statistics.median(turns[-1]['seconds']):.2f} s per step", flush=True)
+            turns.append(turn(args, side, count=not turns))
+            print(f"turn {number + 1}, {side}: {statistics.mean(turns[-1]['seconds']):.2f} s per step", flush=True)
     result = summary(sides["ours"], sides["peer"])
     (folder / "result.json").write_text(json.dumps({"args": vars(args), **result, "turns": sides}, indent=1))
     print_summary(args.stage, result)

@@ -50,7 +50,7 @@ def measure(args: Args, batch: int, length: int) -> dict[str, float]:
     size = RunArgs(**given, mean_response_length=1e9)
     prepare(size)
     result = turn(size, "ours")
-    seconds = statistics.median(result["seconds"])
+    seconds = statistics.mean(result["seconds"])
     return {
         "batch": batch, "length": length, "seconds": seconds, "sampling": result["sampling"] / seconds,
         "per_token": 1e6 * seconds / result["counted"], "counted": result["counted"],

@@ -85,18 +85,22 @@ def test_kwise_pairs() -> None:
 
 
 def test_summary_by_hand() -> None:
-    """Ratios are of neighbouring turns: 6/2 and 8/4 seconds, 30/10 and 20/10 bytes."""
+    """Time ratios are of neighbouring turns: 6/2 and 8/4 seconds; what the first turns count is theirs: 10/30 bytes.
+
+    The first step of the second turn takes twice 4 seconds for the 4 GFLOP that the first turn counted, at 1 GFLOP/s.
+    """
 
     def turn(seconds: float, memory: int) -> dict:
         common = {"losses": [1.0], "counted": 7.0, "tokens": {"grad": 1, "no_grad": 2, "sampled": 3}, "sampling": 1.0}
         return common | {
-            "seconds": [seconds, seconds, 99.0], "memory": memory, "limit": 0.5,
-            "flops": 4.0, "decoding_limit": 0.25,
+            "seconds": [seconds - 1, seconds + 1], "memory": memory, "first": 2 * seconds,
+            "flops": 4e9, "decoding_limit": 0.25,
             "matmul_rate": 1e9, "bandwidth": 1e9,
         }  # fmt: skip
 
     result = bench.summary([turn(2, 10), turn(4, 10)], [turn(6, 30), turn(8, 20)])
-    assert result["faster"] == [2.5, 2.0, 3.0] and result["memory_share"] == pytest.approx([0.4, 0.5, 1 / 3])
+    assert result["faster"] == [2.5, 2.0, 3.0] and result["memory_share"] == pytest.approx(1 / 3)
+    assert result["ours"]["limit"] == pytest.approx(0.5)
     assert result["ours"]["seconds"] == 3 and result["ours"]["sampling_share"] == pytest.approx((0.5 + 0.25) / 2)
 
 

@@ -697,7 +697,7 @@ def test_logprobs_and_kl_equal_full_logits(
     """Log-probs, KL(pi_ref, pi) per response and the LoRA gradient of a weighted sum, against float64 log-softmaxes."""
     examples = make_examples("tdpo1", 3)
     groups = [e["group"] for e in examples]
-    rows = dpo.lay_out(groups, True, PAD, CPU)
+    rows = dpo.lay_out(groups, 1, PAD, CPU)
     parameters = dpo.adapter_parameters(model, "policy")
     generator = torch.Generator().manual_seed(0)
     up, up_kl = torch.randn(rows.mask.shape, generator=generator), torch.randn(len(rows.mask), generator=generator)
@@ -931,7 +931,7 @@ def test_shared_rows_equal_padded_rows(loss: str, model: Any, monkeypatch: pytes
 
     monkeypatch.setattr(dpo, "collate", collate)
     for shared in (True, False):
-        monkeypatch.setattr(dpo, "share_prompts", lambda groups, config, shared=shared: shared)
+        monkeypatch.setattr(dpo, "row_width", lambda groups, config, shared=shared: shared)
         passes.append(run_pass(model, make_examples(loss, 4), make_args(loss)))
     assert mixed == [True, False]
     assert_same_pass(passes[0], passes[1], 1e-5)

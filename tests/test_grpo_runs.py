@@ -256,7 +256,7 @@ def test_rows_do_not_change_the_gradient(method: str, first_step: Any, monkeypat
         config, parameters = model.get_base_model().config, grpo.adapter_parameters(model, "policy")
         for shared, micro in ((True, 16), (False, 16), (True, 3), (False, 3), (False, 1)):
             with monkeypatch.context() as patch:
-                patch.setattr(grpo, "share_prompts", lambda groups, config, shared=shared: shared)
+                patch.setattr(grpo, "row_width", lambda groups, config, shared=shared: shared)
                 batches = grpo.lay_out_rollout(groups, 1, micro, config, 0, torch.device("cpu"))
             assert len(batches[0]) == math.ceil(16 / micro)
             _, sums = original(model, rollout._replace(minibatches=batches), *rest)
@@ -286,7 +286,7 @@ def test_layout_does_not_change_the_step(first_step: Any, monkeypatch: pytest.Mo
     """Shared rows and padded rows, after refilling and with truncated responses masked."""
     found = []
     for shared in (True, False):
-        monkeypatch.setattr(grpo, "share_prompts", lambda groups, config, shared=shared: shared)
+        monkeypatch.setattr(grpo, "row_width", lambda groups, config, shared=shared: shared)
         found.append(first_step(method="dapo", reward_fn="rare", mask_truncated=True))
     assert_same_step(*found)
     assert found[0][1]["refilled"] > 0
@@ -296,7 +296,7 @@ def test_tokens_saved_is_the_layouts(run: Run, monkeypatch: pytest.MonkeyPatch, 
     """Above 0 where prompts are shared, 0 where every response has its padded row."""
     saved = []
     for shared in (True, False):
-        monkeypatch.setattr(grpo, "share_prompts", lambda groups, config, shared=shared: shared)
+        monkeypatch.setattr(grpo, "row_width", lambda groups, config, shared=shared: shared)
         saved.append(
             [row["tokens_saved"] for row in strict_rows(run(output_dir=str(tmp_path / str(shared)), max_steps=1))]
         )

@@ -429,7 +429,7 @@ def test_a_4_bit_base_computes_what_its_weights_say(width: int, tmp_path: Path) 
     for host in (loaded, exact):
         host = ppo.add_adapter(host, "policy", None, args)
         perturb(host, "policy", 3, 0.1)
-        rows = ppo.lay_out([([5, 6, 7], [[8, 9], [10, 11, 12]])], False, 0, CPU)
+        rows = ppo.lay_out([([5, 6, 7], [[8, 9], [10, 11, 12]])], 0, 0, CPU)
         with ppo.role(host, "policy"):
             evaluated, _ = ppo.response_logprobs(host, rows)
         with ppo.role(host, "policy", grad=True):
@@ -490,7 +490,7 @@ def test_every_dropout_of_every_family_is_found(family: str) -> None:
     for name in present:
         setattr(config, name, 0.5)
     model = type(make_model(family))(config).train()
-    rows = ppo.lay_out(make_groups(1), False, 0, CPU)
+    rows = ppo.lay_out(make_groups(1), 0, 0, CPU)
 
     def difference() -> float:
         with torch.no_grad():

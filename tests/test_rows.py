@@ -106,16 +106,20 @@ CASES = [(family, attention) for family in FAMILIES for attention in ("sdpa", "e
 def test_shared_rows_equal_padded_rows_equal_the_model(family: str, attention: str) -> None:
     """Traps 1, 2, 13, 18: values, scores, log-probs and all gradients, with windows shorter than the rows.
 
-    Both layouts are held to the model's own forward pass of each response alone, without padding or mask.
+    A row of one group, rows of several, and padded rows are held to each other, and the last to the model's own forward
+    pass of each response alone, without padding or mask.
     """
     model, head, groups = make_model(family, attention), make_head(), make_groups(1)
     weights = torch.randn(12, 8, generator=torch.Generator().manual_seed(3))
-    padded = everything(model, head, ppo.lay_out(groups, False, EOS, CPU), weights)
-    shared_rows = ppo.lay_out(groups, True, EOS, CPU)
+    padded = everything(model, head, ppo.lay_out(groups, 0, EOS, CPU), weights)
+    shared_rows = ppo.lay_out(groups, 1, EOS, CPU)
     assert shared_rows.mixed and len(shared_rows.input_ids) == len(groups)
-    shared = everything(model, head, shared_rows, weights)
-    assert_close(shared[0], padded[0])
-    assert_close(shared[1], padded[1])
+    packed_rows = ppo.lay_out(groups, 2 * shared_rows.input_ids.shape[1], EOS, CPU)
+    assert len(packed_rows.input_ids) == 2 and packed_rows.group.max() == 2
+    for rows in (shared_rows, packed_rows):
+        values, gradients = everything(model, head, rows, weights)
+        assert_close(values, padded[0])
+        assert_close(gradients, padded[1])
     with torch.no_grad():
         logprobs, before, last = plain_logprobs(model, groups)
         for i, (row, states, state) in enumerate(zip(logprobs, before, last, strict=True)):
@@ -133,7 +137,7 @@ def test_every_family_in_the_list_is_tested() -> None:
 def test_a_wrong_mask_is_noticed() -> None:
     """The comparison above can fail: responses that see each other, or positions that run on, are off by more."""
     model, groups = make_model("llama"), [([5, 6, 7], [[8, 9, 10], [11, 12, 13]])]
-    right = ppo.lay_out(groups, True, PAD, CPU)
+    right = ppo.lay_out(groups, 1, PAD, CPU)
     with torch.no_grad():
         good, _ = ppo.response_logprobs(model, right)
         blind = right._replace(segment=right.segment.clamp(max=2))
@@ -148,7 +152,7 @@ def test_logprobs_at_a_temperature(temperature: float) -> None:
     model, groups = make_model("llama"), make_groups(4)
     with torch.no_grad():
         expected, _, _ = plain_logprobs(model, groups, temperature)
-        got, _ = ppo.response_logprobs(model, ppo.lay_out(groups, True, PAD, CPU), temperature)
+        got, _ = ppo.response_logprobs(model, ppo.lay_out(groups, 1, PAD, CPU), temperature)
     for row, exact in zip(got, expected, strict=True):
         assert torch.allclose(row[: len(exact)].double(), exact, atol=1e-5)
 
@@ -159,18 +163,18 @@ def test_gemma2_logits_are_soft_capped() -> None:
     model.config.final_logit_softcapping = 0.5
     with torch.no_grad():
         expected, _, _ = plain_logprobs(model, groups)
-        got, _ = ppo.response_logprobs(model, ppo.lay_out(groups, False, PAD, CPU))
+        got, _ = ppo.response_logprobs(model, ppo.lay_out(groups, 0, PAD, CPU))
         for row, exact in zip(got, expected, strict=True):
             assert torch.allclose(row[: len(exact)].double(), exact, atol=1e-5)
         model.config.final_logit_softcapping = None
-        assert (ppo.response_logprobs(model, ppo.lay_out(groups, False, PAD, CPU))[0] - got).abs().max() > 0.01
+        assert (ppo.response_logprobs(model, ppo.lay_out(groups, 0, PAD, CPU))[0] - got).abs().max() > 0.01
 
 
 # ------------------------------------------------------------------------------------------------------- by hand
 def test_rows_by_hand() -> None:
     """[5 6] with [7 8] and [9]; [4] with [3]: every field of both layouts; positions restart after the prompt."""
     groups: list[ppo.Group] = [([5, 6], [[7, 8], [9]]), ([4], [[3]])]
-    shared = ppo.lay_out(groups, True, 99, CPU)
+    shared = ppo.lay_out(groups, 1, 99, CPU)
     assert shared.mixed
     assert shared.input_ids.tolist() == [[5, 6, 7, 8, 9], [4, 3, 99, 99, 99]]
     assert shared.position_ids.tolist() == [[0, 1, 2, 3, 2], [0, 1, 0, 0, 0]]
@@ -181,7 +185,15 @@ def test_rows_by_hand() -> None:
     assert shared.mask.tolist() == [[1, 1], [1, 0], [1, 0]]
     assert shared.last.tolist() == [3, 4, 6]
 
-    padded = ppo.lay_out(groups, False, 99, CPU, width=3)
+    packed = ppo.lay_out(groups, 7, 99, CPU)
+    assert packed.mixed
+    assert packed.input_ids.tolist() == [[5, 6, 7, 8, 9, 4, 3]]
+    assert packed.position_ids.tolist() == [[0, 1, 2, 3, 2, 0, 1]]
+    assert packed.group.tolist() == [[1, 1, 1, 1, 1, 2, 2]]
+    assert packed.segment.tolist() == [[1, 1, 2, 2, 3, 1, 2]]
+    assert packed.state.tolist() == [[1, 2], [1, 0], [5, 0]] and packed.last.tolist() == [3, 4, 6]
+
+    padded = ppo.lay_out(groups, 0, 99, CPU, width=3)
     assert not padded.mixed
     assert padded.input_ids.tolist() == [[5, 6, 7, 8], [5, 6, 9, 99], [4, 3, 99, 99]]
     assert padded.position_ids.tolist() == [[0, 1, 2, 3], [0, 1, 2, 0], [0, 1, 0, 0]]
@@ -194,7 +206,7 @@ def test_rows_by_hand() -> None:
 @pytest.mark.parametrize("layer_types", [None, ["full_attention", "sliding_attention"]])
 def test_mask_by_hand(window: int | None, layer_types: list[str] | None) -> None:
     """A token sees the prompt and its own response up to itself, windows counted in positions; padding is unseen."""
-    rows = ppo.lay_out([([5, 6], [[7, 8], [9]]), ([4], [[3], [2]])], True, 99, CPU)
+    rows = ppo.lay_out([([5, 6], [[7, 8], [9]]), ([4], [[3], [2]])], 1, 99, CPU)
     mask = ppo.attention_mask(rows, SimpleNamespace(sliding_window=window, layer_types=layer_types), torch.float32)
     # column -> (row, sequence it is part of, position), written down by hand; the prompt is part of both sequences
     tokens = {0: [("ab", 0), ("ab", 1), ("a", 2), ("a", 3), ("b", 2)], 1: [("cd", 0), ("c", 1), ("d", 1)]}
@@ -231,7 +243,7 @@ def test_padding_changes_nothing(shared: bool, pad_id: int) -> None:
 def test_masks_come_from_lengths() -> None:
     """Trap 2: a prompt and a response full of EOS (= pad) count in full; the pad behind them does not."""
     groups: list[ppo.Group] = [([EOS, 5, EOS, EOS], [[EOS, 6, EOS]]), ([EOS], [[EOS]])]
-    rows = ppo.lay_out(groups, False, EOS, CPU)
+    rows = ppo.lay_out(groups, 0, EOS, CPU)
     mask: Any = ppo.attention_mask(rows, tiny_llama(VOCAB, EOS, EOS).config, torch.float32)
     assert mask.tolist() == [[1, 1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0, 0]]
     assert rows.mask.tolist() == [[1, 1, 1], [1, 0, 0]] and rows.targets[0].tolist() == [EOS, 6, EOS]
@@ -252,28 +264,38 @@ def test_the_score_sits_on_the_last_real_token() -> None:
 
 
 # -------------------------------------------------------------------------------------------- which layout, when
+def test_filling_rows_by_hand() -> None:
+    """The longest first, each into the first row with room; a piece wider than a row has one of its own."""
+    assert ppo.fill_rows([3, 5, 4, 2, 9, 1], 8) == [[4], [1, 0], [2, 3, 5]]
+    assert ppo.fill_rows([2, 1, 2], 0) == [[0], [2], [1]]
+
+
 @pytest.mark.parametrize(
-    ("prompt", "responses", "hidden", "shared"),
+    ("groups", "hidden", "width"),
     [
-        (160, [64] * 8, 128, True),  # 1 x 672 x (3072 + 2688) = 3.9 M  <  8 x 224 x (3072 + 896) = 7.1 M
-        (64, [256] * 8, 128, False),  # 1 x 2112 x (3072 + 8448) = 24 M  >  8 x 320 x (3072 + 1280) = 11 M
-        (64, [256] * 8, 4096, True),  # 1 x 2112 x (98304 + 8448) = 225 M  <  8 x 320 x (98304 + 1280) = 255 M
-        (160, [64], 128, False),  # nothing to share
+        ([(160, [64] * 8)], 128, 672),  # 1 x 672 x (3072 + 2688) = 3.9 M  <  8 x 224 x (3072 + 896) = 7.1 M
+        ([(64, [256] * 8)], 128, 0),  # 1 x 2112 x (3072 + 8448) = 24 M  >  8 x 320 x (3072 + 1280) = 11 M
+        ([(64, [256] * 8)], 4096, 2112),  # 1 x 2112 x (98304 + 8448) = 225 M  <  8 x 320 x (98304 + 1280) = 255 M
+        ([(160, [64])], 128, 0),  # nothing to share
+        # 2 x 200 x (3072 + 800) = 1.5 M  <  one row of 400: 1.9 M  <  three padded ones of 200: 2.3 M
+        ([(100, [100]), (50, [50]), (50, [50])], 128, 200),
+        # 1 x 200 x (3072 + 800) = 0.77 M  <  2 x 120 x (3072 + 480) = 0.85 M: in 120 columns they do not fit together
+        ([(60, [60]), (40, [40])], 128, 202),
     ],
 )
-def test_the_cheaper_layout_is_chosen(prompt: int, responses: list[int], hidden: int, shared: bool) -> None:
-    """Three cases worked by hand: long prompts pay, long responses of a narrow model do not, of a wide one they do."""
+def test_the_cheapest_layout_is_chosen(groups: list[tuple[int, list[int]]], hidden: int, width: int) -> None:
+    """Worked by hand: long prompts pay, long responses do in a wide model, and rows are filled where that pays."""
     from transformers import LlamaConfig
 
-    group: ppo.Group = ([5] * prompt, [[6] * n for n in responses])
-    assert ppo.share_prompts([group], LlamaConfig(hidden_size=hidden)) is shared
+    ids = [([5] * prompt, [[6] * n for n in responses]) for prompt, responses in groups]
+    assert ppo.row_width(ids, LlamaConfig(hidden_size=hidden)) == width
 
 
 def test_unknown_attention_takes_padded_rows() -> None:
     """A model type without plain attention never shares rows, however cheap it were."""
     group: ppo.Group = ([5] * 500, [[6]] * 8)
-    for model_type, shared in (("llama", True), ("mamba2", False)):
-        assert ppo.share_prompts([group], SimpleNamespace(model_type=model_type, hidden_size=128)) is shared
+    for model_type, width in (("llama", 508), ("mamba2", 0)):
+        assert ppo.row_width([group], SimpleNamespace(model_type=model_type, hidden_size=128)) == width
 
 
 @pytest.mark.parametrize("micro", [1, 2, 4, 8, 64])
@@ -313,7 +335,7 @@ def test_logits_of_a_batch_never_exist_at_once(monkeypatch: pytest.MonkeyPatch) 
         return logits
 
     monkeypatch.setattr(ppo, "lm_logits", counted)
-    rows = ppo.lay_out([([5], [list(range(512))])], False, PAD, CPU)
+    rows = ppo.lay_out([([5], [list(range(512))])], 0, PAD, CPU)
     with torch.no_grad():
         logprobs, _ = ppo.response_logprobs(model, rows)
     assert sum(sizes) == 512 * 100_000 and max(sizes) <= 2**25 and (logprobs < 0).all()

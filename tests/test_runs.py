@@ -213,7 +213,7 @@ def test_layout_does_not_change_the_step(run_ppo: Run, first_gradients: Any, mon
     """Shared rows and padded rows give the same PPO step: gradients and metrics."""
     found = []
     for shared in (True, False):
-        monkeypatch.setattr(ppo, "share_prompts", lambda groups, config, shared=shared: shared)
+        monkeypatch.setattr(ppo, "row_width", lambda groups, config, shared=shared: shared)
         found.append(first_gradients(ppo, run_ppo, minibatches=1, samples_per_prompt=4, ppo_epochs=1))
     assert_same_gradients(found[0][0], found[1][0], 2)
     assert found[0][1][0] == pytest.approx(found[1][1][0], rel=1e-4, abs=1e-5)

@@ -89,7 +89,7 @@ def test_sampler_logprobs_are_those_of_the_training_pass(family: str, attention:
         assert row == pytest.approx(exact.tolist(), abs=1e-4)
     groups = [(prompt, responses[3 * p : 3 * p + 3]) for p, prompt in enumerate(PROMPTS)]
     with torch.no_grad():
-        training, _ = ppo.response_logprobs(model, ppo.lay_out(groups, True, PAD, model.device))
+        training, _ = ppo.response_logprobs(model, ppo.lay_out(groups, 1, PAD, model.device))
     for row, ours in zip(logprobs, training.tolist(), strict=True):
         assert row == pytest.approx(ours[: len(row)], abs=1e-4)
 

@@ -447,7 +447,7 @@ def training_rows(run: Run, micro_batch_size: int) -> list[Any]:
         laid_out = script.lay_out_rollout(groups, n, micro_batch_size, run.config, 0, CPU)
         return [rows for minibatch in laid_out for _, rows in minibatch]
     groups = [(tokens(run.prompt), [tokens(run.response)] * 2)] * micro_batch_size
-    return [script.lay_out(groups, script.share_prompts(groups, run.config), 0, CPU)]
+    return [script.lay_out(groups, script.row_width(groups, run.config), 0, CPU)]
 
 
 def meta_rows(script: ModuleType, shape: Shape) -> Any:
@@ -651,7 +651,7 @@ def training_phases(run: Run, micro_batch_size: int, checkpointing: bool) -> dic
     if run.stage in ("ppo", "grpo"):  # plus old and reference log-probs, values, rewards ...: ten floats a token
         held += 40 * flags.batch_size * run.response
         groups = [(tokens(run.prompt), [tokens(run.response)])] * micro_batch_size
-        alone = [run.script.lay_out(groups, False, 0, CPU)]
+        alone = [run.script.lay_out(groups, 0, 0, CPU)]
         add("evaluation: log-probs", "policy", "score+grad", alone, held + row_bytes(alone[0]))
         add("scores: policy", "policy", "score+grad", batches, held)
         add("scores: reference", "reference", "score", batches, held)
@@ -663,11 +663,11 @@ def training_phases(run: Run, micro_batch_size: int, checkpointing: bool) -> dic
     for who in run.trained or ("all",):
         if who == "critic" and run.stage == "dpo":  # dro's V(x)
             groups = [(tokens(run.prompt), [tokens(1)])] * micro_batch_size
-            batches = [run.script.lay_out(groups, False, 0, CPU)]
+            batches = [run.script.lay_out(groups, 0, 0, CPU)]
         add(f"update: {who}", who, "update", batches, held)
     if getattr(flags, "ptx_dataset", None):
         groups = [(tokens(1), [tokens(run.prompt + run.response - 1)])] * micro_batch_size
-        add("update: ptx", "policy", "update", [run.script.lay_out(groups, False, 0, CPU)], held)
+        add("update: ptx", "policy", "update", [run.script.lay_out(groups, 0, 0, CPU)], held)
     return phases
 
 
@@ -678,7 +678,7 @@ def other_phases(run: Run) -> dict[str, Bytes]:
     if run.stage == "dpo" and run.script.LOSSES[run.flags.loss].reference:
         n = max(1, 2**12 // (2 * (run.prompt + run.response)))
         groups = [(tokens(run.prompt), [tokens(run.response)] * 2)] * n
-        rows = run.script.lay_out(groups, run.script.share_prompts(groups, run.config), 0, CPU)
+        rows = run.script.lay_out(groups, run.script.row_width(groups, run.config), 0, CPU)
         phases["reference's log-probs"] = largest_pass(run, [rows], "reference", "score", False)
         phases["reference's log-probs"]["token rows"] += row_bytes(rows)
     return phases
