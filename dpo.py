@@ -77,6 +77,7 @@ from transformers import (
     DynamicLayer,
     HfArgumentParser,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 TINY = Path(__file__).resolve().parent / "tiny"
 HEAD_KEY = "base_model.model.score.weight"  # where AutoModelForSequenceClassification + PEFT look for the head
@@ -764,10 +765,10 @@ Part = tuple[list[int], int, int, int]  # a run of tokens in a row: ids, first p
 Spot = tuple[int, int, int, int]  # a supervised token: row, column of the state that predicts it, own column, id
 
 
-def build_rows(rows: list[list[Part]], spots: list[list[Spot]], pad_id: int, device: Any, width: int = 0) -> Rows:
+def build_rows(rows: list[list[Part]], spots: list[list[Spot]], pad_id: int, device: Any, n_tokens: int = 0) -> Rows:
     """Rows of parts, and the supervised tokens of each response -> Rows.
 
-    Masks come from lengths, never from comparing ids with pad_id: in many chat models pad is EOS. T >= `width`.
+    Masks come from lengths, never from comparing ids with pad_id: in many chat models pad is EOS. T >= `n_tokens`.
     """
     n_columns = max(sum(len(part[0]) for part in row) for row in rows)
     table = np.zeros((4, len(rows), n_columns), dtype=np.int64)  # input_ids, position_ids, group, segment
@@ -779,8 +780,8 @@ def build_rows(rows: list[list[Part]], spots: list[list[Spot]], pad_id: int, dev
             table[0, r, at], table[1, r, at] = ids, np.arange(position, position + len(ids))
             table[2, r, at], table[3, r, at] = group, segment
             column += len(ids)
-    width = max(width, max(len(spot) for spot in spots))
-    where = np.zeros((3, len(spots), width), dtype=np.int64)  # state, targets, mask
+    n_tokens = max(n_tokens, max(len(spot) for spot in spots))
+    where = np.zeros((3, len(spots), n_tokens), dtype=np.int64)  # state, targets, mask
     for s, spot in enumerate(spots):
         for t, (r, before, _, target) in enumerate(spot):
             where[:, s, t] = r * n_columns + before, target, 1
@@ -789,8 +790,10 @@ def build_rows(rows: list[list[Part]], spots: list[list[Spot]], pad_id: int, dev
     return Rows(any(len(row) > 2 or len({part[2] for part in row}) > 1 for row in rows), *tensors)
 
 
-def additive_mask(seen: Tensor, distance: Tensor, config: Any, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
-    """What each of Q tokens sees of K, and how many positions away, both (R, Q, K) -> 0 or the minimum, (R, 1, Q, K).
+def additive_mask(
+    seen: Tensor, positions: tuple[Tensor, Tensor], config: Any, dtype: torch.dtype
+) -> Tensor | dict[str, Tensor]:
+    """What Q tokens see of K, (R, Q, K), and positions of both, (R, Q) and (R, K) -> 0 or the minimum, (R, 1, Q, K).
 
     By layer type where windows occur; they count positions, not columns. A boolean mask would be wrong under eager
     attention.
@@ -799,7 +802,8 @@ def additive_mask(seen: Tensor, distance: Tensor, config: Any, dtype: torch.dtyp
     full, window = torch.where(seen, zero, minimum)[:, None], getattr(config, "sliding_window", None)
     if not window:
         return full
-    windowed = torch.where(seen & (distance < window), zero, minimum)[:, None]
+    near = positions[0][:, :, None] - positions[1][:, None] < window
+    windowed = torch.where(seen & near, zero, minimum)[:, None]
     if getattr(config, "layer_types", None) is None:
         return windowed
     return {"full_attention": full, "sliding_attention": windowed}
@@ -812,7 +816,7 @@ def attention_mask(rows: Rows, config: Any, dtype: torch.dtype) -> Tensor | dict
     i, j = rows.segment[:, :, None], rows.segment[:, None, :]
     seen = (rows.group[:, :, None] == rows.group[:, None, :]) & ((i == j) | (j == 1))
     seen &= torch.ones_like(seen[0]).tril()
-    return additive_mask(seen, rows.position_ids[:, :, None] - rows.position_ids[:, None, :], config, dtype)
+    return additive_mask(seen, (rows.position_ids, rows.position_ids), config, dtype)
 
 
 Group = tuple[list[int], list[list[int]]]  # prompt ids and the ids of the responses to it
@@ -849,7 +853,7 @@ def row_width(groups: list[Group], config: Any) -> int:
     return min(layouts, key=lambda rows: rows[1] * rows[2] * (24 * config.hidden_size + 4 * rows[2]))[0]
 
 
-def lay_out(groups: list[Group], row_columns: int, pad_id: int, device: Any, width: int = 0) -> Rows:
+def lay_out(groups: list[Group], row_columns: int, pad_id: int, device: Any, n_tokens: int = 0) -> Rows:
     """Groups -> Rows, responses in order; `row_columns` 0: each in a padded row, else rows [prompt][y1][y2]... .
 
     A row holds the groups that fit into `row_columns`, and one that alone is wider.
@@ -872,7 +876,7 @@ def lay_out(groups: list[Group], row_columns: int, pad_id: int, device: Any, wid
                 before = [end, *range(column, column + len(y) - 1)]  # where the state before each token stands
                 spots[unit].append([(r, before[t], column + t, token) for t, token in enumerate(y)])
                 column += len(y)
-    return build_rows(rows, [spot for unit in spots for spot in unit], pad_id, device, width)
+    return build_rows(rows, [spot for unit in spots for spot in unit], pad_id, device, n_tokens)
 
 
 Micro = tuple[list[int], Rows]  # numbers of the responses, and their rows
@@ -889,7 +893,7 @@ def lay_out_rollout(
     owners = [g for g, (_, responses) in enumerate(groups) for _ in responses]
     ids = [y for _, responses in groups for y in responses]
     longest = [len(prompt) + max(map(len, responses)) for prompt, responses in groups]
-    width = max(map(len, ids))
+    n_tokens = max(map(len, ids))
     minibatches: list[list[Micro]] = []
     for part in np.array_split(np.arange(len(ids)), n_minibatches):
         order = sorted(part.tolist(), key=lambda i: longest[owners[i]])  # similar lengths: little padding
@@ -897,7 +901,7 @@ def lay_out_rollout(
         for numbers in (order[k : k + micro_batch_size] for k in range(0, len(order), micro_batch_size)):
             same_prompt = itertools.groupby(numbers, key=lambda i: owners[i])
             some = [(groups[g][0], [ids[i] for i in members]) for g, members in same_prompt]
-            rows = lay_out(some, row_width(some, config), pad_id, device, width)
+            rows = lay_out(some, row_width(some, config), pad_id, device, n_tokens)
             minibatches[-1].append((numbers, rows))
     return minibatches
 
@@ -1284,19 +1288,27 @@ def lm_logits(model: Any, hidden: Tensor) -> Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
+def logits_chunk(config: Any) -> int:
+    """How many tokens have logits at a time: enough for a fast product, else 32 MiB of them in fp32."""
+    return max(128, 2**23 // config.vocab_size)
+
+
 def response_logprobs(
-    model: Any, rows: Rows, temperature: float = 1.0, all_gradients: bool = False
+    model: Any, rows: Rows, temperature: float = 1.0, all_gradients: bool = False, detached: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies (S, T) of the supervised tokens under the active role; 0 where the mask is 0.
 
-    The entropies have gradients only with all_gradients. (S, T) states are picked by index_select, whose backward adds
-    in a fixed order on CPU; plain indexing does not.
+    The entropies have gradients only with all_gradients; with `detached` nothing has. (S, T) states are picked by
+    index_select, whose backward adds in a fixed order on CPU; plain indexing does not.
     """
     real = rows.mask.bool()
     states = hidden_states(model, rows).flatten(0, 1).index_select(0, rows.state[real])
     causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
-    all_gradients |= any(p.requires_grad for p in causal_lm.get_output_embeddings().parameters())
-    chunk_size = max(128, 2**23 // causal_lm.config.vocab_size)  # enough rows for a fast product; else 32 MiB of logits
+    if detached:
+        states = states.detach()
+    else:
+        all_gradients |= any(p.requires_grad for p in causal_lm.get_output_embeddings().parameters())
+    chunk_size = logits_chunk(causal_lm.config)
     values = chunked_logprobs(
         lambda h: lm_logits(model, h), states, rows.targets[real], temperature, chunk_size, all_gradients
     )
@@ -1321,7 +1333,7 @@ def logprobs_and_kl(model: Any, rows: Rows, ref_states: Tensor, temperature: flo
         of_target = [x.gather(-1, target[:, None]).squeeze(-1) for x in (logp, ref_logp)]
         return *of_target, (ref_logp.exp() * (ref_logp - logp)).sum(-1)
 
-    size = max(128, 2**22 // causal_lm.config.vocab_size)  # as in response_logprobs
+    size = logits_chunk(causal_lm.config)
     chunks = list(zip(states.split(size), ref_states.split(size), rows.targets[real].split(size), strict=True))
     parts = [checkpoint(one_chunk, *chunk, use_reentrant=False) for chunk in chunks]
     joined = (torch.cat(values) for values in zip(*parts, strict=True))
@@ -1560,12 +1572,34 @@ def join_decodings(old: Decoding, new: Decoding) -> Decoding:
     )
 
 
-def go_on(
-    backbone: Any, decoding: Decoding, going: Tensor, token: Tensor, at: Tensor, g: int, shared: bool
-) -> Decoding:
-    """Of n responses those `going` (n,) go on with `token` at position `at`, both (n,); rows without any leave."""
-    number, token, at = decoding.number[going], token[going], at[going]
-    rows, row = torch.unique(decoding.row[going], return_inverse=True)
+@contextlib.contextmanager
+def grouped_heads() -> Iterator[None]:
+    """Attention of several new tokens per row without a copy of keys and values for each query head, which
+    transformers makes: the query heads of a group become further tokens of their key's head."""
+    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def attention(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **given: Any
+    ) -> tuple[Tensor, None]:
+        (n_rows, n_heads, n_tokens, _), n_groups = query.shape, key.shape[1]
+        if n_heads == n_groups or n_tokens == 1 or mask is None:
+            return plain(module, query, key, value, mask, **given)
+        folded, mask = query.reshape(n_rows, n_groups, -1, query.shape[3]), mask.repeat(1, 1, n_heads // n_groups, 1)
+        scale = given.get("scaling")
+        output = nn.functional.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scale)
+        return output.reshape(n_rows, n_heads, n_tokens, -1).transpose(1, 2), None
+
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
+    try:
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = plain
+
+
+def go_on(backbone: Any, decoding: Decoding, keep: Tensor, token: Tensor, at: Tensor, g: int, shared: bool) -> Decoding:
+    """Of n responses those in `keep` go on with `token` at position `at`, both (n,); rows without any leave."""
+    number, token, at = decoding.number[keep], token[keep], at[keep]
+    rows, row = torch.unique(decoding.row[keep], return_inverse=True)
     cache, segment, position = decoding.cache, decoding.segment, decoding.position
     if len(rows) < len(segment):
         cache.batch_select_indices(rows)
@@ -1578,10 +1612,11 @@ def go_on(
     mask: Any = (segment >= 0).long()
     if shared:
         seen = (segment[:, None] == own[:, :, None]) | (segment == 0)[:, None]
-        mask = additive_mask(seen, position_ids[:, :, None] - position[:, None], backbone.config, backbone.dtype)
-    output = backbone(
-        input_ids=ids, position_ids=position_ids, attention_mask=mask, past_key_values=cache, use_cache=True
-    )
+        mask = additive_mask(seen, (position_ids, position), backbone.config, backbone.dtype)
+    with grouped_heads():
+        output = backbone(
+            input_ids=ids, position_ids=position_ids, attention_mask=mask, past_key_values=cache, use_cache=True
+        )
     return Decoding(cache, segment, position, number, row, output.last_hidden_state[row, slot])
 
 
@@ -1592,7 +1627,8 @@ def sample(
 ) -> tuple[list[list[int]], list[list[float]]]:  # fmt: skip
     """Responses to P prompts, samples_per_prompt (G) each -> (token ids, log-probs), P * G lists, prompt by prompt.
 
-    Waiting prompts come in when half of `batch_size` responses have ended. Token t of a response is the inverse CDF at
+    With shared rows, waiting prompts come in when all responses of half of the `batch_size` // G have ended; else, of
+    all. Token t of a response is the inverse CDF at
     one uniform number, a function of (key, names[p], sample, t) and of nothing else, so neither `batch_size` nor the
     other prompts change what is sampled. key = (seed, stream, step).
     """
@@ -1610,12 +1646,13 @@ def sample(
     waiting = sorted(range(len(prompts)), key=lambda p: len(prompts[p]))
     decoding: Decoding | None = None
     while waiting or decoding is not None:
-        room = (batch_size - (0 if decoding is None else len(decoding.number))) // g
+        room = batch_size // g - (0 if decoding is None else len(decoding.segment))  # rows: they fill memory
         if waiting and (decoding is None or (shared and 2 * room * g >= batch_size)):
             some, waiting = waiting[: max(1, room)], waiting[max(1, room) :]
             numbers = [p * g + k for p in some for k in range(g)]
             new = start_decoding(backbone, [prompts[p] for p in some], numbers, g, shared)
             decoding = new if decoding is None else join_decodings(decoding, new)
+            del new  # its cache
         assert decoding is not None
         who = decoding.number
         at = lengths[who]
@@ -1627,7 +1664,8 @@ def sample(
         lengths[who] += 1
         going = ~torch.isin(token[:, 0], stops) & (at + 1 < max_tokens)
         del logp, cdf  # before the next token needs memory
-        decoding = go_on(backbone, decoding, going, token[:, 0], starts[who] + at, g, shared) if going.any() else None
+        keep = going.nonzero()[:, 0]
+        decoding = go_on(backbone, decoding, keep, token[:, 0], starts[who] + at, g, shared) if len(keep) else None
     pairs = zip(responses.tolist(), logprobs.tolist(), lengths.tolist(), strict=True)
     cut = [(tokens[:n], values[:n]) for tokens, values, n in pairs]
     return [tokens for tokens, _ in cut], [values for _, values in cut]
@@ -1681,7 +1719,7 @@ def role_logprobs(model: Any, who: str, rollout: Rollout, temperature: float) ->
     logprobs, entropy = torch.zeros_like(rollout.sampler_logprobs), torch.zeros_like(rollout.sampler_logprobs)
     with role(model, who, grad=who == "policy"):
         for numbers, rows in rollout.batches():
-            logprobs[numbers], entropy[numbers] = (x.detach() for x in response_logprobs(model, rows, temperature))
+            logprobs[numbers], entropy[numbers] = response_logprobs(model, rows, temperature, detached=True)
     return logprobs, entropy
 
 

@@ -412,10 +412,10 @@ Part = tuple[list[int], int, int, int]  # a run of tokens in a row: ids, first p
 Spot = tuple[int, int, int, int]  # a supervised token: row, column of the state that predicts it, own column, id
 
 
-def build_rows(rows: list[list[Part]], spots: list[list[Spot]], pad_id: int, device: Any, width: int = 0) -> Rows:
+def build_rows(rows: list[list[Part]], spots: list[list[Spot]], pad_id: int, device: Any, n_tokens: int = 0) -> Rows:
     """Rows of parts, and the supervised tokens of each response -> Rows.
 
-    Masks come from lengths, never from comparing ids with pad_id: in many chat models pad is EOS. T >= `width`.
+    Masks come from lengths, never from comparing ids with pad_id: in many chat models pad is EOS. T >= `n_tokens`.
     """
     n_columns = max(sum(len(part[0]) for part in row) for row in rows)
     table = np.zeros((4, len(rows), n_columns), dtype=np.int64)  # input_ids, position_ids, group, segment
@@ -427,8 +427,8 @@ def build_rows(rows: list[list[Part]], spots: list[list[Spot]], pad_id: int, dev
             table[0, r, at], table[1, r, at] = ids, np.arange(position, position + len(ids))
             table[2, r, at], table[3, r, at] = group, segment
             column += len(ids)
-    width = max(width, max(len(spot) for spot in spots))
-    where = np.zeros((3, len(spots), width), dtype=np.int64)  # state, targets, mask
+    n_tokens = max(n_tokens, max(len(spot) for spot in spots))
+    where = np.zeros((3, len(spots), n_tokens), dtype=np.int64)  # state, targets, mask
     for s, spot in enumerate(spots):
         for t, (r, before, _, target) in enumerate(spot):
             where[:, s, t] = r * n_columns + before, target, 1
@@ -437,8 +437,10 @@ def build_rows(rows: list[list[Part]], spots: list[list[Spot]], pad_id: int, dev
     return Rows(any(len(row) > 2 or len({part[2] for part in row}) > 1 for row in rows), *tensors)
 
 
-def additive_mask(seen: Tensor, distance: Tensor, config: Any, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
-    """What each of Q tokens sees of K, and how many positions away, both (R, Q, K) -> 0 or the minimum, (R, 1, Q, K).
+def additive_mask(
+    seen: Tensor, positions: tuple[Tensor, Tensor], config: Any, dtype: torch.dtype
+) -> Tensor | dict[str, Tensor]:
+    """What Q tokens see of K, (R, Q, K), and positions of both, (R, Q) and (R, K) -> 0 or the minimum, (R, 1, Q, K).
 
     By layer type where windows occur; they count positions, not columns. A boolean mask would be wrong under eager
     attention.
@@ -447,7 +449,8 @@ def additive_mask(seen: Tensor, distance: Tensor, config: Any, dtype: torch.dtyp
     full, window = torch.where(seen, zero, minimum)[:, None], getattr(config, "sliding_window", None)
     if not window:
         return full
-    windowed = torch.where(seen & (distance < window), zero, minimum)[:, None]
+    near = positions[0][:, :, None] - positions[1][:, None] < window
+    windowed = torch.where(seen & near, zero, minimum)[:, None]
     if getattr(config, "layer_types", None) is None:
         return windowed
     return {"full_attention": full, "sliding_attention": windowed}
@@ -460,7 +463,7 @@ def attention_mask(rows: Rows, config: Any, dtype: torch.dtype) -> Tensor | dict
     i, j = rows.segment[:, :, None], rows.segment[:, None, :]
     seen = (rows.group[:, :, None] == rows.group[:, None, :]) & ((i == j) | (j == 1))
     seen &= torch.ones_like(seen[0]).tril()
-    return additive_mask(seen, rows.position_ids[:, :, None] - rows.position_ids[:, None, :], config, dtype)
+    return additive_mask(seen, (rows.position_ids, rows.position_ids), config, dtype)
 
 
 Group = tuple[list[int], list[list[int]]]  # prompt ids and the ids of the responses to it
@@ -497,7 +500,7 @@ def row_width(groups: list[Group], config: Any) -> int:
     return min(layouts, key=lambda rows: rows[1] * rows[2] * (24 * config.hidden_size + 4 * rows[2]))[0]
 
 
-def lay_out(groups: list[Group], row_columns: int, pad_id: int, device: Any, width: int = 0) -> Rows:
+def lay_out(groups: list[Group], row_columns: int, pad_id: int, device: Any, n_tokens: int = 0) -> Rows:
     """Groups -> Rows, responses in order; `row_columns` 0: each in a padded row, else rows [prompt][y1][y2]... .
 
     A row holds the groups that fit into `row_columns`, and one that alone is wider.
@@ -520,7 +523,7 @@ def lay_out(groups: list[Group], row_columns: int, pad_id: int, device: Any, wid
                 before = [end, *range(column, column + len(y) - 1)]  # where the state before each token stands
                 spots[unit].append([(r, before[t], column + t, token) for t, token in enumerate(y)])
                 column += len(y)
-    return build_rows(rows, [spot for unit in spots for spot in unit], pad_id, device, width)
+    return build_rows(rows, [spot for unit in spots for spot in unit], pad_id, device, n_tokens)
 
 
 # ----------------------------------------------------------------------------------------------------- preferences

@@ -417,10 +417,10 @@ Part = tuple[list[int], int, int, int]  # a run of tokens in a row: ids, first p
 Spot = tuple[int, int, int, int]  # a supervised token: row, column of the state that predicts it, own column, id
 
 
-def build_rows(rows: list[list[Part]], spots: list[list[Spot]], pad_id: int, device: Any, width: int = 0) -> Rows:
+def build_rows(rows: list[list[Part]], spots: list[list[Spot]], pad_id: int, device: Any, n_tokens: int = 0) -> Rows:
     """Rows of parts, and the supervised tokens of each response -> Rows.
 
-    Masks come from lengths, never from comparing ids with pad_id: in many chat models pad is EOS. T >= `width`.
+    Masks come from lengths, never from comparing ids with pad_id: in many chat models pad is EOS. T >= `n_tokens`.
     """
     n_columns = max(sum(len(part[0]) for part in row) for row in rows)
     table = np.zeros((4, len(rows), n_columns), dtype=np.int64)  # input_ids, position_ids, group, segment
@@ -432,8 +432,8 @@ def build_rows(rows: list[list[Part]], spots: list[list[Spot]], pad_id: int, dev
             table[0, r, at], table[1, r, at] = ids, np.arange(position, position + len(ids))
             table[2, r, at], table[3, r, at] = group, segment
             column += len(ids)
-    width = max(width, max(len(spot) for spot in spots))
-    where = np.zeros((3, len(spots), width), dtype=np.int64)  # state, targets, mask
+    n_tokens = max(n_tokens, max(len(spot) for spot in spots))
+    where = np.zeros((3, len(spots), n_tokens), dtype=np.int64)  # state, targets, mask
     for s, spot in enumerate(spots):
         for t, (r, before, _, target) in enumerate(spot):
             where[:, s, t] = r * n_columns + before, target, 1
@@ -442,8 +442,10 @@ def build_rows(rows: list[list[Part]], spots: list[list[Spot]], pad_id: int, dev
     return Rows(any(len(row) > 2 or len({part[2] for part in row}) > 1 for row in rows), *tensors)
 
 
-def additive_mask(seen: Tensor, distance: Tensor, config: Any, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
-    """What each of Q tokens sees of K, and how many positions away, both (R, Q, K) -> 0 or the minimum, (R, 1, Q, K).
+def additive_mask(
+    seen: Tensor, positions: tuple[Tensor, Tensor], config: Any, dtype: torch.dtype
+) -> Tensor | dict[str, Tensor]:
+    """What Q tokens see of K, (R, Q, K), and positions of both, (R, Q) and (R, K) -> 0 or the minimum, (R, 1, Q, K).
 
     By layer type where windows occur; they count positions, not columns. A boolean mask would be wrong under eager
     attention.
@@ -452,7 +454,8 @@ def additive_mask(seen: Tensor, distance: Tensor, config: Any, dtype: torch.dtyp
     full, window = torch.where(seen, zero, minimum)[:, None], getattr(config, "sliding_window", None)
     if not window:
         return full
-    windowed = torch.where(seen & (distance < window), zero, minimum)[:, None]
+    near = positions[0][:, :, None] - positions[1][:, None] < window
+    windowed = torch.where(seen & near, zero, minimum)[:, None]
     if getattr(config, "layer_types", None) is None:
         return windowed
     return {"full_attention": full, "sliding_attention": windowed}
@@ -465,7 +468,7 @@ def attention_mask(rows: Rows, config: Any, dtype: torch.dtype) -> Tensor | dict
     i, j = rows.segment[:, :, None], rows.segment[:, None, :]
     seen = (rows.group[:, :, None] == rows.group[:, None, :]) & ((i == j) | (j == 1))
     seen &= torch.ones_like(seen[0]).tril()
-    return additive_mask(seen, rows.position_ids[:, :, None] - rows.position_ids[:, None, :], config, dtype)
+    return additive_mask(seen, (rows.position_ids, rows.position_ids), config, dtype)
 
 
 def fill_rows(lengths: list[int], width: int) -> list[list[int]]:
@@ -488,8 +491,10 @@ def pack_examples(
     """Examples {"ids", "mask"} -> micro-batches of rows; with packing each row is filled up to the longest example."""
     examples = sorted(examples, key=lambda e: -len(e["ids"]))
     lengths = [len(e["ids"]) for e in examples]
-    filled = fill_rows(lengths, lengths[0]) if packing else [[i] for i in range(len(lengths))]
-    bins = [[examples[i] for i in row] for row in filled]  # padding of a few per cent, no row longer than it must be
+    filled = fill_rows(
+        lengths, lengths[0] if packing else 0
+    )  # padding of a few per cent, no row longer than it must be
+    bins = [[examples[i] for i in row] for row in filled]
     for start in range(0, len(bins), micro_batch_size):
         rows: list[list[Part]] = []
         spots: list[list[Spot]] = []
@@ -750,19 +755,27 @@ def lm_logits(model: Any, hidden: Tensor) -> Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
+def logits_chunk(config: Any) -> int:
+    """How many tokens have logits at a time: enough for a fast product, else 32 MiB of them in fp32."""
+    return max(128, 2**23 // config.vocab_size)
+
+
 def response_logprobs(
-    model: Any, rows: Rows, temperature: float = 1.0, all_gradients: bool = False
+    model: Any, rows: Rows, temperature: float = 1.0, all_gradients: bool = False, detached: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Log-probs and entropies (S, T) of the supervised tokens under the active role; 0 where the mask is 0.
 
-    The entropies have gradients only with all_gradients. (S, T) states are picked by index_select, whose backward adds
-    in a fixed order on CPU; plain indexing does not.
+    The entropies have gradients only with all_gradients; with `detached` nothing has. (S, T) states are picked by
+    index_select, whose backward adds in a fixed order on CPU; plain indexing does not.
     """
     real = rows.mask.bool()
     states = hidden_states(model, rows).flatten(0, 1).index_select(0, rows.state[real])
     causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
-    all_gradients |= any(p.requires_grad for p in causal_lm.get_output_embeddings().parameters())
-    chunk_size = max(128, 2**23 // causal_lm.config.vocab_size)  # enough rows for a fast product; else 32 MiB of logits
+    if detached:
+        states = states.detach()
+    else:
+        all_gradients |= any(p.requires_grad for p in causal_lm.get_output_embeddings().parameters())
+    chunk_size = logits_chunk(causal_lm.config)
     values = chunked_logprobs(
         lambda h: lm_logits(model, h), states, rows.targets[real], temperature, chunk_size, all_gradients
     )

@@ -12,8 +12,8 @@ The work: hh-rlhf dialogues on a Llama of 30 M parameters with random weights, L
 so that policy and reference differ), fp32, the same rows in the same batches, the same number of optimizer steps, no
 gradient checkpointing on either side. An end token comes about once in 50 tokens, so responses have natural lengths.
 
-What is measured, in the steps between the first and the last (the first warms up, and in the first turn of each side,
-where it takes longer for that, its multiplications and memory are counted; ours evaluates after the last):
+What is measured, in the steps after the first (it warms up, and in the first turn of each side, where it takes longer
+for that, its multiplications and memory are counted), without ours' evaluation:
 
     seconds   mean of the steps; in dpo ours computes the reference before step 0: its share is added to every step
     memory    most bytes in tensors at a time, from the start to the end of the first step, which has the longest rows
@@ -94,6 +94,7 @@ class Args:
     threads: int = arg(0, "torch threads; 0: torch's choice")
     peer_folder: str = arg(str(ROOT / "runs" / "trl-1.12.0"), "ppo: folder with trl==1.12.0 (pip install --target)")
     output_dir: str = arg("runs/bench", "work and results")
+    learning_rate: float = arg(0.0, "of both sides; 0: the stage's own")
     count: bool = arg(True, "count memory and multiplications in the first step; a comparison does in its first turns")
     side: Literal["both", "ours", "peer"] = arg("both", "one turn of one side, in this process; both: the comparison")
 
@@ -254,7 +255,7 @@ class WholeModel(contextlib.nullcontext):
 
 
 class Meter:
-    """Counts what a turn does: seconds per step, resident memory, tokens through the embedding, multiplications."""
+    """Counts what a turn does: seconds per step, bytes in tensors, tokens through the embedding, multiplications."""
 
     def __init__(self, args: Args):
         self.steps, self.counting, self.counted = args.steps, args.count, 0
@@ -263,11 +264,12 @@ class Meter:
         self.live = self.memory = self.forwards = 0  # live: bytes by the allocator's events; memory: the most so far
         self.profiler: Any = start_profiler() if self.counting else None
         self.tokens = {"grad": 0, "no_grad": 0, "sampled": 0}
-        self.sampling, self.decode_calls, self.sampled_tokens, self.inside = 0.0, 0, 0, False
+        self.sampling, self.decode_calls, self.inside = 0.0, 0, False
+        self.idle = False  # in an evaluation
         self.flops: Any = None
         if self.counting:
             keep_freed_memory(False)
-        self.start, self.n_flops = 0.0, 0.0  # when the first step begins, and its multiplications
+        self.start = self.n_flops = self.away = 0.0  # when step 0 begins, its multiplications, seconds of evaluation
         plain = torch.nn.Embedding.forward
 
         def forward(embedding: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -285,8 +287,8 @@ class Meter:
         layer.forward = forward
 
     def measuring(self) -> bool:
-        """Whether the steps that count are running: not the first, and not ours' last with its evaluation."""
-        return 1 <= len(self.ends) <= self.steps
+        """Whether the steps that count are running: not the first, and not a last one with an evaluation in it."""
+        return not self.idle and 1 <= len(self.ends) <= self.steps
 
     def begin(self) -> None:
         """A step begins; the first one's multiplications are counted."""
@@ -301,7 +303,7 @@ class Meter:
             self.flops = FlopCounterMode(display=False)
             self.flops.mod_tracker = WholeModel()
             self.flops.__enter__()
-        self.start = time.perf_counter()
+        self.start = time.perf_counter() - self.away
 
     def end(self, loss: float | None) -> None:
         """A step ends."""
@@ -312,7 +314,7 @@ class Meter:
             self.profiler = self.profiler.__exit__(None, None, None)
             self.counting = False
             keep_freed_memory(True)
-        self.ends.append(time.perf_counter())
+        self.ends.append(time.perf_counter() - self.away)
         if len(self.ends) <= self.steps + 1:
             self.losses.append(loss)
 
@@ -325,6 +327,18 @@ class Meter:
         live = self.live + np.cumsum([0, *(n for _, n in changes)])
         self.live, self.memory = int(live[-1]), max(self.memory, int(live.max()))
         self.profiler = start_profiler()
+
+    def aside(self, function: Callable) -> Callable:
+        """`function`, an evaluation, as if it took no time."""
+
+        def untimed(*args: Any, **kwargs: Any) -> Any:
+            start, self.idle = time.perf_counter(), True
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.away, self.idle = self.away + time.perf_counter() - start, False
+
+        return untimed
 
     def around(self, function: Callable) -> Callable:
         """`function`, a sampler, with its seconds added up."""
@@ -412,6 +426,7 @@ def run_ours(args: Args, folder: Path) -> dict:
         "ppo": {**sampling, "reward_fn": None, "reward_model": str(folder / "reward"), "minibatches": 1,
                 "ppo_epochs": args.ppo_epochs},
     }  # fmt: skip
+    n_steps = args.steps + (1 if args.stage in LEARNING_RATES else 2)  # the others evaluate within the last step
     batches, heads = [], []
     plain_batch, plain_log = script.batch_indices, script.log_step
     plain_optimizer, plain_rows, plain_encode = script.make_optimizer, script.build_rows, script.encode_rows
@@ -442,7 +457,7 @@ def run_ours(args: Args, folder: Path) -> dict:
     script.batch_indices, script.log_step = batch_indices, log_step
     script.make_optimizer, script.build_rows, script.encode_rows = make_optimizer, build_rows, encode_rows
     if hasattr(script, "sample"):
-        script.sample = meter.around(script.sample)
+        script.sample, script.evaluate = meter.around(script.sample), meter.aside(script.evaluate)
     if args.stage == "dpo":
         shutil.rmtree(folder / "cache", ignore_errors=True)  # every turn computes the reference
         script.cached_logprobs = timed(script.cached_logprobs, extra)
@@ -452,8 +467,8 @@ def run_ours(args: Args, folder: Path) -> dict:
         "model": str(folder / "start"), "dataset": str(folder / "train.jsonl"), "output_dir": str(folder / "run"),
         "max_prompt_length": 1024,
         "eval_dataset": str(folder / "heldout.jsonl"), "batch_size": args.batch_size,
-        "micro_batch_size": args.micro_batch_size, "max_steps": args.steps + 2, "epochs": 9.0,
-        "learning_rate": LEARNING_RATES.get(args.stage, 1e-5),
+        "micro_batch_size": args.micro_batch_size, "max_steps": n_steps, "epochs": 9.0,
+        "learning_rate": args.learning_rate,
         "warmup_ratio": 0.0, "gradient_checkpointing": False,
     }  # fmt: skip
     script.main(script.Args(**{**flags, **settings[args.stage]}))
@@ -463,7 +478,7 @@ def run_ours(args: Args, folder: Path) -> dict:
         shutil.copytree(folder / "start", folder / "classifier", dirs_exist_ok=True)
         save_file({**weights, script.HEAD_KEY: heads[0]}, folder / "classifier" / "adapter_model.safetensors")
     result = meter.result(linear_weights(folder))
-    share = extra["seconds"] / (args.steps + 2)
+    share = extra["seconds"] / n_steps
     return {**result, "seconds": [s + share for s in result["seconds"]], "reference_share": share}
 
 
@@ -576,7 +591,7 @@ def run_peer(args: Args, folder: Path) -> dict:
     config = config_class(
         output_dir=str(folder / "peer"), per_device_train_batch_size=args.micro_batch_size,
         gradient_accumulation_steps=args.batch_size * pairs_per_example // args.micro_batch_size,
-        max_steps=args.steps + 1, learning_rate=LEARNING_RATES.get(args.stage, 1e-5), bf16=False,
+        max_steps=args.steps + 1, learning_rate=args.learning_rate, bf16=False,
         lr_scheduler_type="constant", use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False,
         logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, **flags,
     )  # fmt: skip
@@ -613,7 +628,7 @@ def run_peer_ppo(args: Args, folder: Path) -> dict:
         output_dir=str(folder / "peer"), per_device_train_batch_size=args.micro_batch_size,
         gradient_accumulation_steps=args.batch_size // args.micro_batch_size, num_mini_batches=1,
         total_episodes=args.batch_size * (args.steps + 1), num_ppo_epochs=args.ppo_epochs,
-        learning_rate=LEARNING_RATES[args.stage],
+        learning_rate=args.learning_rate,
         local_rollout_forward_batch_size=args.batch_size, response_length=args.max_response_length, stop_token="eos",
         temperature=1.0, num_sample_generations=0, bf16=False, use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=False, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
@@ -663,7 +678,7 @@ def summary(ours: list[dict], peer: list[dict]) -> dict:
         rows[name] = {
             "seconds": middle(turns, seconds), "memory": turns[0]["memory"],
             "flops": turns[0]["flops"],
-            "limit": turns[0]["flops"] / middle(turns[1:] or turns, lambda t: t["first"] * t["matmul_rate"]),
+            "limit": turns[1:] and turns[0]["flops"] / middle(turns[1:], lambda t: t["first"] * t["matmul_rate"]),
             "sampling_share": middle(turns, lambda t: t["sampling"] / seconds(t)),
             "decoding_limit": turns[0]["decoding_limit"] and middle(turns, lambda t: t["decoding_limit"]),
             "tokens": turns[0]["tokens"], "losses": turns[0]["losses"],
@@ -685,9 +700,9 @@ def print_summary(stage: str, s: dict) -> None:
     for name in ("ours", "peer"):
         r = s[name]
         tokens = " / ".join(f"{r['tokens'][k]:.0f}" for k in ("grad", "no_grad", "sampled"))
-        bound = f"{r['decoding_limit']:.2f}" if r["decoding_limit"] else "-"
+        limit, bound = (f"{r[k]:.2f}" if r[k] else "-" for k in ("limit", "decoding_limit"))
         print(f"| {name:5} | {r['seconds']:.2f} | {r['memory'] / mib:.0f} "
-              f"| {r['flops'] / g:.0f} | {r['limit']:.2f} "
+              f"| {r['flops'] / g:.0f} | {limit} "
               f"| {tokens} | {r['sampling_share']:.2f} | {bound} |")  # fmt: skip
     print(f"ours is {s['faster'][0]:.2f} times as fast [{s['faster'][1]:.2f}, {s['faster'][2]:.2f}] with "
           f"{s['memory_share']:.2f} of the memory; losses "
@@ -698,6 +713,7 @@ def print_summary(stage: str, s: dict) -> None:
 def main(args: Args) -> dict:
     """Compare one stage with TRL on the same work (bench/run.py)."""
     args.batch_size, args.steps = args.batch_size or SIZES[args.stage], args.steps or STEPS[args.stage]
+    args.learning_rate = args.learning_rate or LEARNING_RATES.get(args.stage, 1e-5)
     args.micro_batch_size = min(args.micro_batch_size, args.batch_size)
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -114,6 +114,8 @@ def test_small_comparison(stage: str, tmp_path: Path) -> None:
             pytest.skip(
                 "needs trl 1.12.0 in runs/trl-1.12.0: pip install --no-deps --target runs/trl-1.12.0 trl==1.12.0"
             )
+    if stage in ("sft", "reward", "kwise", "dpo"):
+        flags["learning_rate"] = 1e-3  # one update moves the next loss visibly
     result = bench.main(small(tmp_path, stage=stage, **flags))
     assert result["ours"]["tokens"]["grad"] > 0 and result["peer"]["tokens"]["grad"] > 0 and result["counted"] > 0
     if stage in ("sft", "reward", "kwise", "dpo"):

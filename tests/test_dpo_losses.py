@@ -718,7 +718,7 @@ def test_logprobs_and_kl_equal_full_logits(
             exact_kl[s], s = kl.item(), s + 1
     with dpo.role(model, "policy", grad=True):
         expected = torch.autograd.grad(total, parameters)
-    monkeypatch.setattr(model.get_base_model().config, "vocab_size", 2**24 // chunk_size)
+    monkeypatch.setattr(dpo, "logits_chunk", lambda config: chunk_size)
     with dpo.role(model, "reference"):
         ref_states = dpo.response_states(model, rows)
     with dpo.role(model, "policy", grad=True):
@@ -930,11 +930,12 @@ def test_shared_rows_equal_padded_rows(loss: str, model: Any, monkeypatch: pytes
         return batch
 
     monkeypatch.setattr(dpo, "collate", collate)
-    for shared in (True, False):
-        monkeypatch.setattr(dpo, "row_width", lambda groups, config, shared=shared: shared)
+    for width in (10**6, 1, 0):
+        monkeypatch.setattr(dpo, "row_width", lambda groups, config, width=width: width)
         passes.append(run_pass(model, make_examples(loss, 4), make_args(loss)))
-    assert mixed == [True, False]
-    assert_same_pass(passes[0], passes[1], 1e-5)
+    assert mixed == [True, True, False]
+    assert_same_pass(passes[0], passes[2], 1e-5)
+    assert_same_pass(passes[1], passes[2], 1e-5)
 
 
 @ALL

@@ -291,13 +291,14 @@ def test_micro_batches_do_not_change_the_gradient(name: str, first_step: Any) ->
 
 @pytest.mark.parametrize("name", ["tdpo2", "lipo", "online all"])
 def test_layout_does_not_change_the_step(name: str, first_step: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shared rows and padded rows give the same step."""
+    """Rows of several groups, of one, and padded ones give the same step."""
     found = []
-    for shared in (True, False):
-        monkeypatch.setattr(dpo, "row_width", lambda groups, config, shared=shared: shared)
+    for width in (10**6, 1, 0):
+        monkeypatch.setattr(dpo, "row_width", lambda groups, config, width=width: width)
         found.append(first_step(**BATCHES[name]))
-    assert [metrics.pop("shared_rows") for _, metrics in found] == [1, 0]
-    assert_same_step(*found)
+    assert [metrics.pop("shared_rows") for _, metrics in found] == [1, 1, 0]
+    assert_same_step(found[0], found[2])
+    assert_same_step(found[1], found[2])
 
 
 def test_layout_does_not_change_the_first_step_of_lipo(first_step: Any, monkeypatch: pytest.MonkeyPatch) -> None:

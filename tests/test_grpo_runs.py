@@ -254,9 +254,9 @@ def test_rows_do_not_change_the_gradient(method: str, first_step: Any, monkeypat
     def again(model: Any, rollout: Any, *rest: Any) -> Any:
         groups = [(rollout.prompts[i]["ids"], rollout.responses[i : i + 4]) for i in range(0, 16, 4)]
         config, parameters = model.get_base_model().config, grpo.adapter_parameters(model, "policy")
-        for shared, micro in ((True, 16), (False, 16), (True, 3), (False, 3), (False, 1)):
+        for width, micro in ((1, 16), (0, 16), (10**6, 16), (1, 3), (0, 3), (10**6, 3), (0, 1)):
             with monkeypatch.context() as patch:
-                patch.setattr(grpo, "row_width", lambda groups, config, shared=shared: shared)
+                patch.setattr(grpo, "row_width", lambda groups, config, width=width: width)
                 batches = grpo.lay_out_rollout(groups, 1, micro, config, 0, torch.device("cpu"))
             assert len(batches[0]) == math.ceil(16 / micro)
             _, sums = original(model, rollout._replace(minibatches=batches), *rest)
@@ -283,12 +283,13 @@ def test_micro_batches_do_not_change_the_step(method: str, first_step: Any) -> N
 
 
 def test_layout_does_not_change_the_step(first_step: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shared rows and padded rows, after refilling and with truncated responses masked."""
+    """Rows of several groups, of one, and padded ones, after refilling and with truncated responses masked."""
     found = []
-    for shared in (True, False):
-        monkeypatch.setattr(grpo, "row_width", lambda groups, config, shared=shared: shared)
+    for width in (10**6, 1, 0):
+        monkeypatch.setattr(grpo, "row_width", lambda groups, config, width=width: width)
         found.append(first_step(method="dapo", reward_fn="rare", mask_truncated=True))
-    assert_same_step(*found)
+    assert_same_step(found[0], found[2])
+    assert_same_step(found[1], found[2])
     assert found[0][1]["refilled"] > 0
 
 

@@ -206,10 +206,11 @@ def test_shared_rows_score_like_padded_rows(loaded, data):
     groups = [encode(row, loaded)[0]["group"] for row in read_jsonl(data / "ranks.jsonl")]
     with reward.role(model, "reward"):
         scores = [
-            reward.head_scores(model, head, reward.lay_out(groups, shared, tokenizer.pad_token_id, torch.device("cpu")))
-            for shared in (True, False)
+            reward.head_scores(model, head, reward.lay_out(groups, width, tokenizer.pad_token_id, torch.device("cpu")))
+            for width in (10**6, 1, 0)
         ]
-    torch.testing.assert_close(*scores, rtol=0, atol=1e-5)
+    torch.testing.assert_close(scores[0], scores[2], rtol=0, atol=1e-5)
+    torch.testing.assert_close(scores[1], scores[2], rtol=0, atol=1e-5)
     one_by_one = reward.score_all(model, head, groups, 1, tokenizer.pad_token_id)
     torch.testing.assert_close(torch.tensor(sum(one_by_one, [])), scores[1], rtol=0, atol=1e-5)
 

@@ -157,6 +157,18 @@ def test_logprobs_at_a_temperature(temperature: float) -> None:
         assert torch.allclose(row[: len(exact)].double(), exact, atol=1e-5)
 
 
+def test_detached_logprobs_are_the_same_and_take_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rollout's log-probs run as an update does, without the pass back through the head that only it needs."""
+    model, groups = make_model("llama"), make_groups(4)
+    rows = ppo.lay_out(groups, 1, PAD, CPU)
+    expected = ppo.response_logprobs(model, rows)
+    assert expected[0].requires_grad
+    monkeypatch.setattr(torch.autograd, "grad", None)
+    got = ppo.response_logprobs(model, rows, detached=True)
+    for a, b in zip(got, expected, strict=True):
+        assert not a.requires_grad and torch.equal(a, b)
+
+
 def test_gemma2_logits_are_soft_capped() -> None:
     """Gemma 2's cap is part of log pi; without it log-probs differ visibly."""
     model, groups = make_model("gemma2"), make_groups(2)
@@ -193,7 +205,7 @@ def test_rows_by_hand() -> None:
     assert packed.segment.tolist() == [[1, 1, 2, 2, 3, 1, 2]]
     assert packed.state.tolist() == [[1, 2], [1, 0], [5, 0]] and packed.last.tolist() == [3, 4, 6]
 
-    padded = ppo.lay_out(groups, 0, 99, CPU, width=3)
+    padded = ppo.lay_out(groups, 0, 99, CPU, n_tokens=3)
     assert not padded.mixed
     assert padded.input_ids.tolist() == [[5, 6, 7, 8], [5, 6, 9, 99], [4, 3, 99, 99]]
     assert padded.position_ids.tolist() == [[0, 1, 2, 3], [0, 1, 2, 0], [0, 1, 0, 0]]
@@ -224,17 +236,17 @@ def test_mask_by_hand(window: int | None, layer_types: list[str] | None) -> None
                     assert seen or table[r, 0, i, j].item() == torch.finfo(torch.float32).min
 
 
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("width", [0, 1, 70])
 @pytest.mark.parametrize("pad_id", [PAD, EOS, 50])
-def test_padding_changes_nothing(shared: bool, pad_id: int) -> None:
+def test_padding_changes_nothing(width: int, pad_id: int) -> None:
     """Traps 1, 2, 10, 14: neither its amount (37 columns) nor its id, EOS included, moves a number or a gradient."""
     model, head, groups = make_model("llama"), make_head(), make_groups(7, n=2)
     weights = torch.randn(12, 50, generator=torch.Generator().manual_seed(3))
     n = sum(len(responses) for _, responses in groups)
     weights[n:] = 0  # the long group only makes the rows longer
-    alone = everything(model, head, ppo.lay_out(groups, shared, PAD, CPU), weights)
+    alone = everything(model, head, ppo.lay_out(groups, width, PAD, CPU), weights)
     beside = [*groups, ([3] * 20, [[4] * 37])]
-    wide = everything(model, head, ppo.lay_out(beside, shared, pad_id, CPU), weights)
+    wide = everything(model, head, ppo.lay_out(beside, width, pad_id, CPU), weights)
     t = alone[0][0].shape[1]
     assert_close([*(x[:n, :t] for x in wide[0][:3]), wide[0][3][:n]], alone[0], 1e-6)
     assert_close(wide[1], alone[1], 1e-6)

@@ -210,13 +210,14 @@ def test_sft_micro_batches_do_not_change_the_gradient(
 
 
 def test_layout_does_not_change_the_step(run_ppo: Run, first_gradients: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shared rows and padded rows give the same PPO step: gradients and metrics."""
+    """Rows of several groups, of one, and padded ones give the same PPO step: gradients and metrics."""
     found = []
-    for shared in (True, False):
-        monkeypatch.setattr(ppo, "row_width", lambda groups, config, shared=shared: shared)
+    for width in (0, 1, 10**6):
+        monkeypatch.setattr(ppo, "row_width", lambda groups, config, width=width: width)
         found.append(first_gradients(ppo, run_ppo, minibatches=1, samples_per_prompt=4, ppo_epochs=1))
-    assert_same_gradients(found[0][0], found[1][0], 2)
-    assert found[0][1][0] == pytest.approx(found[1][1][0], rel=1e-4, abs=1e-5)
+    for other in found[1:]:
+        assert_same_gradients(other[0], found[0][0], 2)
+        assert other[1][0] == pytest.approx(found[0][1][0], rel=1e-4, abs=1e-5)
 
 
 def test_evaluation_has_noise_of_its_own(run_ppo: Run, monkeypatch: pytest.MonkeyPatch) -> None:

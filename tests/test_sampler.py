@@ -1,6 +1,7 @@
 """The sampler: what it draws is the model's distribution, and a function of (seed, stream, step), prompt and sample."""
 
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ from conftest import tiny_llama
 from scipy import stats
 from test_rows import CASES, EOS, PAD, VOCAB, make_model
 from torch import Tensor
+from transformers.integrations import sdpa_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import ppo
 
@@ -165,7 +168,7 @@ def test_batch_size_does_not_change_what_is_sampled(family: str, batch: int) -> 
 
 @pytest.mark.parametrize("family", ["llama", "mistral windowed", "gemma3_text"])
 def test_refilling_changes_no_response(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts that wait and take the places of ended responses get what they get alone, in at most `batch` responses.
+    """Prompts that wait and take the places of ended responses get what they get alone, in at most `batch` / G rows.
 
     40 prompts of 1 to 12 tokens, 2 responses each, 12 at once: many joins, with rows of other widths and ages.
     """
@@ -175,11 +178,11 @@ def test_refilling_changes_no_response(family: str, monkeypatch: pytest.MonkeyPa
     joins, goes_on, join = [], ppo.go_on, ppo.join_decodings
 
     def watched(backbone: Any, decoding: Any, *rest: Any) -> Any:
-        alive.append(len(decoding.number))
+        alive.append(len(decoding.segment))
         return goes_on(backbone, decoding, *rest)
 
     def joined(old: Any, new: Any) -> Any:
-        joins.append(len(old.number))
+        joins.append(len(old.segment))
         return join(old, new)
 
     monkeypatch.setattr(ppo, "go_on", watched)
@@ -187,17 +190,44 @@ def test_refilling_changes_no_response(family: str, monkeypatch: pytest.MonkeyPa
     responses, logprobs = draw(model, prompts, samples=2, tokens=20, batch=12)
     assert responses == [y for ys, _ in alone for y in ys]
     assert sum(logprobs, []) == pytest.approx(sum([row for _, rows in alone for row in rows], []), abs=1e-5)
-    assert len(joins) > 8 and max(joins) <= 6 and max(alive) <= 12
+    assert len(joins) > 8 and max(joins) <= 3 and max(alive) == 6
 
 
 def test_refilled_rows_follow_the_softmax() -> None:
-    """First tokens of prompts that came in late, after others had ended: chi-square against exact probabilities."""
-    model, n = toy(5), 4000
-    responses, _ = draw(model, [[4, 2]] * n, samples=1, tokens=3, stops=(1,), batch=64)
-    table = exact_table(model, [4, 2])[-1].exp()
-    late = Counter(y[0] for y in responses[64:])
-    statistic = sum((late[a] - (n - 64) * table[a].item()) ** 2 / ((n - 64) * table[a].item()) for a in range(5))
-    assert statistic < stats.chi2.ppf(0.999, 4)
+    """Two prompts of other lengths, 64 responses at once: the first two tokens of those that came in late, chi-square.
+
+    The second token is drawn from a cache that others have left and joined since the first.
+    """
+    model, n, prompts = toy(5), 6000, ([4, 2], [3, 0, 0, 2])
+    responses, _ = draw(model, [prompts[i % 2] for i in range(n)], samples=1, tokens=3, stops=(1,), batch=64)
+    for i, prompt in enumerate(prompts):
+        first = exact_table(model, prompt)[-1].exp().tolist()
+        exact: dict[tuple[int, ...], float] = {(1,): first[1]}
+        for a in (0, 2, 3, 4):
+            exact |= {(a, b): first[a] * p for b, p in enumerate(exact_table(model, [*prompt, a])[-1].exp().tolist())}
+        late = Counter(tuple(y[:2]) for y in responses[64 + i :: 2])
+        total = late.total()
+        assert sum(exact.values()) == pytest.approx(1) and min(exact.values()) * total > 5
+        statistic = sum((late[pair] - total * p) ** 2 / (total * p) for pair, p in exact.items())
+        assert statistic < stats.chi2.ppf(0.999, len(exact) - 1)
+
+
+def test_grouped_heads_attend_without_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six query heads on two of keys, four new tokens: what transformers gives, without its copies of the keys."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 6, 4, 8), torch.randn(3, 2, 9, 8), torch.randn(3, 2, 9, 8)
+    mask = torch.where(torch.rand(3, 1, 4, 9) < 0.5, 0.0, torch.finfo(torch.float32).min)
+    mask[..., 0] = 0.0
+    module = SimpleNamespace(num_key_value_groups=3, is_causal=True)
+    given = (module, query, key, value, mask)
+    expected, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](*given, scaling=0.3)
+    monkeypatch.setattr(sdpa_attention, "repeat_kv", None)
+    with pytest.raises(TypeError):
+        ALL_ATTENTION_FUNCTIONS["sdpa"](*given, scaling=0.3)
+    with ppo.grouped_heads():
+        got, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](*given, scaling=0.3)
+    assert got.shape == expected.shape and torch.allclose(got, expected, atol=1e-6)
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention.sdpa_attention_forward
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral windowed", "gemma3_text"])

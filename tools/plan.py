@@ -504,10 +504,12 @@ def trace_pass(run: Run, shape: Shape, who: str, kind: str, n_layers: int, check
             where = torch.zeros(n, dtype=torch.long, device=META)
             with tracker.tagged("logits"):
                 states = states.index_select(0, where)
+                if kind == "score+grad":  # as response_logprobs where detached
+                    states = states.detach()
                 if who.startswith(("critic", "reward")):
                     loss = head(states.float()).sum()
                 else:
-                    size = max(128, 2**22 // run.config.vocab_size)  # as response_logprobs
+                    size = script.logits_chunk(run.config)
                     with_entropy = bool(getattr(run.flags, "entropy_coef", 0.0))
                     causal_lm = model.get_base_model() if run.roles else model
                     weights = causal_lm.get_output_embeddings().parameters()
@@ -550,9 +552,11 @@ def trace_sampling(run: Run, n_prompts: int, g: int, n_layers: int) -> tuple[Byt
         mask: Any = torch.ones(rows, keys, dtype=torch.long, device=META)
         if shared:
             seen = torch.ones(rows, side, keys, dtype=torch.bool, device=META)
-            mask = script.additive_mask(seen, seen.long(), run.config, run.dtype)
+            columns = torch.zeros(rows, keys, dtype=torch.long, device=META)
+            mask = script.additive_mask(seen, (positions, columns), run.config, run.dtype)
         given = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache, "use_cache": True}
-        return body(input_ids=ids, **given).last_hidden_state.flatten(0, 1)
+        with script.grouped_heads():
+            return body(input_ids=ids, **given).last_hidden_state.flatten(0, 1)
 
     room, full = run.prompt + 128, None  # as GrowingLayer: 128 columns to spare, whenever it is full
     for filled in range(run.prompt + side, run.prompt + run.response * side, side):
