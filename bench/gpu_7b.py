@@ -21,6 +21,7 @@ PyTorch refuses ours what goes beyond the limit, less the plan's allowance for t
 shows what fits a smaller one. TRL may take the whole card. The columns:
 
     s/step      median of the measured steps, after one that warms up; dpo.py: with its share of the reference's pass
+                (ours until the last update, by its own clock; TRL's from the end of one step to the next)
     sampling    sampled tokens / seconds of sampling, prefill included
     training    tokens of prompts and responses (a prompt counts for each response) / seconds of the rest of the step
     of bound    decoding: bytes of the weights that a token goes through / read bandwidth / seconds per token

@@ -92,6 +92,7 @@ class Args:
     mean_response_length: float = arg(50.0, "of sampled responses, were none cut off (tokens)")
     ppo_epochs: int = arg(4, "passes over a rollout in ppo")
     threads: int = arg(0, "torch threads; 0: torch's choice")
+    peer_compact: bool = arg(False, "let TRL's lm_head skip unsupervised positions, as on a GPU (sft, dpo, grpo, rloo)")
     peer_folder: str = arg(str(ROOT / "runs" / "trl-1.12.0"), "ppo: folder with trl==1.12.0 (pip install --target)")
     output_dir: str = arg("runs/bench", "work and results")
     learning_rate: float = arg(0.0, "of both sides; 0: the stage's own")
@@ -101,7 +102,7 @@ class Args:
 
 # RL: so small that neither side's updates move the lengths of responses, and with them the work; the others as usual
 LEARNING_RATES = {"grpo": 1e-8, "rloo": 1e-8, "ppo": 1e-8}
-SIZES = {"sft": 32, "reward": 16, "kwise": 4, "dpo": 16, "grpo": 32, "rloo": 32, "ppo": 16}  # examples per step
+SIZES = {"sft": 32, "reward": 16, "kwise": 4, "dpo": 16, "grpo": 64, "rloo": 32, "ppo": 16}  # examples per step
 
 STEPS = {"sft": 4, "reward": 8, "kwise": 1, "dpo": 2, "grpo": 1, "rloo": 1, "ppo": 1}  # measured per turn
 
@@ -579,6 +580,8 @@ def run_peer(args: Args, folder: Path) -> dict:
         raise UserError(f"trl {trl.__version__} found, {wanted} expected; {command if args.stage == 'ppo' else ''}")
     if args.stage == "ppo":
         return run_peer_ppo(args, folder)
+    if args.peer_compact:  # on a CPU it scores them all, prompts and padding too
+        importlib.import_module("trl.trainer.utils")._use_triton = lambda device: True
     name = {"sft": "SFT", "dpo": "DPO", "grpo": "GRPO", "rloo": "RLOO"}.get(args.stage, "Reward")
     trainer_class, config_class = getattr(trl, f"{name}Trainer"), getattr(trl, f"{name}Config")  # imports them
     meter = Meter(args)
