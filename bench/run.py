@@ -12,13 +12,13 @@ The work: hh-rlhf dialogues on a Llama of 30 M parameters with random weights, L
 so that policy and reference differ), fp32, the same rows in the same batches, the same number of optimizer steps, no
 gradient checkpointing on either side. An end token comes about once in 50 tokens, so responses have natural lengths.
 
-What is measured, in the steps after the first (it warms up, and in the first turn of each side, where it takes longer
-for that, its multiplications and memory are counted), without ours' evaluation:
+What is measured, in the steps after the first, which warms up, and without ours' evaluation; memory and multiplications
+in the first step of another turn, whose seconds do not count, because counting slows it and what comes after it:
 
     seconds   mean of the steps; in dpo ours computes the reference before step 0: its share is added to every step
     memory    most bytes in tensors at a time, from the start to the end of the first step, which has the longest rows
     tokens    columns that went through the embedding in a step, and tokens that count: supervised or sampled ones
-    limit     multiplications of the first step / its seconds in the other turns / rate of a large matmul
+    limit     multiplications of the first step / its seconds in the timed turns / rate of a large matmul
     decoding  the larger of weight bytes / bandwidth and multiplications / matmul rate, over the seconds of sampling
 
 Ratios are medians over pairs of turns. The losses of both are printed; they are equal where both see the same tokens
@@ -86,7 +86,7 @@ class Args:
     batch_size: int = arg(0, "examples per step; 0: the stage's own")
     micro_batch_size: int = arg(8, "examples per forward pass, on both sides")
     steps: int = arg(0, "measured steps per turn; 0: as many as take less than ten minutes")
-    turns: int = arg(2, "turns of each side")
+    turns: int = arg(0, "timed turns of each side; 0: as many as take less than ten minutes")
     samples_per_prompt: int = arg(8, "G of grpo, rloo and ppo")
     max_response_length: int = arg(128, "longest sampled response (tokens)")
     mean_response_length: float = arg(50.0, "of sampled responses, were none cut off (tokens)")
@@ -96,7 +96,7 @@ class Args:
     peer_folder: str = arg(str(ROOT / "runs" / "trl-1.12.0"), "ppo: folder with trl==1.12.0 (pip install --target)")
     output_dir: str = arg("runs/bench", "work and results")
     learning_rate: float = arg(0.0, "of both sides; 0: the stage's own")
-    count: bool = arg(True, "count memory and multiplications in the first step; a comparison does in its first turns")
+    count: bool = arg(False, "a turn of one step that counts memory and multiplications")
     side: Literal["both", "ours", "peer"] = arg("both", "one turn of one side, in this process; both: the comparison")
 
 
@@ -104,7 +104,8 @@ class Args:
 LEARNING_RATES = {"grpo": 1e-8, "rloo": 1e-8, "ppo": 1e-8}
 SIZES = {"sft": 32, "reward": 16, "kwise": 4, "dpo": 16, "grpo": 64, "rloo": 32, "ppo": 16}  # examples per step
 
-STEPS = {"sft": 4, "reward": 8, "kwise": 1, "dpo": 2, "grpo": 1, "rloo": 1, "ppo": 1}  # measured per turn
+STEPS = {"sft": 3, "reward": 6, "kwise": 1, "dpo": 2, "grpo": 1, "rloo": 1, "ppo": 1}  # measured per turn
+TURNS = {"ppo": 1}  # of each side; 2 in the others
 
 
 # -------------------------------------------------------------------------------------------------------- the work
@@ -269,7 +270,7 @@ class Meter:
         self.idle = False  # in an evaluation
         self.flops: Any = None
         if self.counting:
-            keep_freed_memory(False)
+            give_back_freed_memory()
         self.start = self.n_flops = self.away = 0.0  # when step 0 begins, its multiplications, seconds of evaluation
         plain = torch.nn.Embedding.forward
 
@@ -314,7 +315,6 @@ class Meter:
             self.count_bytes()
             self.profiler = self.profiler.__exit__(None, None, None)
             self.counting = False
-            keep_freed_memory(True)
         self.ends.append(time.perf_counter() - self.away)
         if len(self.ends) <= self.steps + 1:
             self.losses.append(loss)
@@ -368,16 +368,11 @@ class Meter:
         }  # fmt: skip
 
 
-def keep_freed_memory(keep: bool) -> None:
-    """Whether malloc reuses what large tensors free (True: as it does by itself) or gives it back (glibc only).
-
-    While the profiler runs, its events fall into what growing key-value caches free, which then takes 20 GB.
-    """
+def give_back_freed_memory() -> None:
+    """Let malloc return large tensors at once (glibc only): the profiler's events would fall into what a growing
+    key-value cache frees, so that nothing could reuse it, and a step of sampling would take 20 GB."""
     if sys.platform == "linux":
-        trim_threshold, mmap_threshold, most = -1, -3, 2**25
-        allocator = ctypes.CDLL(None)
-        allocator.mallopt(mmap_threshold, most if keep else 2**23)
-        allocator.mallopt(trim_threshold, 2 * most)
+        ctypes.CDLL(None).mallopt(-3, 2**23)  # M_MMAP_THRESHOLD
 
 
 def start_profiler() -> Any:
@@ -427,7 +422,8 @@ def run_ours(args: Args, folder: Path) -> dict:
         "ppo": {**sampling, "reward_fn": None, "reward_model": str(folder / "reward"), "minibatches": 1,
                 "ppo_epochs": args.ppo_epochs},
     }  # fmt: skip
-    n_steps = args.steps + (1 if args.stage in LEARNING_RATES else 2)  # the others evaluate within the last step
+    measured, last = 0 if args.count else args.steps, args.stage not in LEARNING_RATES  # they evaluate in a last step
+    n_steps = 1 + measured + last
     batches, heads = [], []
     plain_batch, plain_log = script.batch_indices, script.log_step
     plain_optimizer, plain_rows, plain_encode = script.make_optimizer, script.build_rows, script.encode_rows
@@ -479,7 +475,7 @@ def run_ours(args: Args, folder: Path) -> dict:
         shutil.copytree(folder / "start", folder / "classifier", dirs_exist_ok=True)
         save_file({**weights, script.HEAD_KEY: heads[0]}, folder / "classifier" / "adapter_model.safetensors")
     result = meter.result(linear_weights(folder))
-    share = extra["seconds"] / n_steps
+    share = extra["seconds"] / (args.steps + 2)
     return {**result, "seconds": [s + share for s in result["seconds"]], "reference_share": share}
 
 
@@ -594,7 +590,7 @@ def run_peer(args: Args, folder: Path) -> dict:
     config = config_class(
         output_dir=str(folder / "peer"), per_device_train_batch_size=args.micro_batch_size,
         gradient_accumulation_steps=args.batch_size * pairs_per_example // args.micro_batch_size,
-        max_steps=args.steps + 1, learning_rate=args.learning_rate, bf16=False,
+        max_steps=1 if args.count else args.steps + 1, learning_rate=args.learning_rate, bf16=False,
         lr_scheduler_type="constant", use_cpu=not torch.cuda.is_available(), gradient_checkpointing=False,
         logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, **flags,
     )  # fmt: skip
@@ -630,7 +626,7 @@ def run_peer_ppo(args: Args, folder: Path) -> dict:
     config = config_class(
         output_dir=str(folder / "peer"), per_device_train_batch_size=args.micro_batch_size,
         gradient_accumulation_steps=args.batch_size // args.micro_batch_size, num_mini_batches=1,
-        total_episodes=args.batch_size * (args.steps + 1), num_ppo_epochs=args.ppo_epochs,
+        total_episodes=args.batch_size * (1 if args.count else args.steps + 1), num_ppo_epochs=args.ppo_epochs,
         learning_rate=args.learning_rate,
         local_rollout_forward_batch_size=args.batch_size, response_length=args.max_response_length, stop_token="eos",
         temperature=1.0, num_sample_generations=0, bf16=False, use_cpu=not torch.cuda.is_available(),
@@ -647,8 +643,8 @@ def run_peer_ppo(args: Args, folder: Path) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------------ comparison
-def turn(args: Args, side: str, count: bool = True) -> dict:
-    """One turn in a process of its own; `count`: with memory and multiplications."""
+def turn(args: Args, side: str, count: bool = False) -> dict:
+    """One turn in a process of its own; `count`: for memory and multiplications."""
     result = Path(args.output_dir) / args.stage / f"{side}.json"
     result.unlink(missing_ok=True)
     given = [f"--{name}={value}" for name, value in {**vars(args), "side": side, "count": count}.items()]
@@ -663,8 +659,11 @@ def turn(args: Args, side: str, count: bool = True) -> dict:
     return json.loads(result.read_text())
 
 
-def summary(ours: list[dict], peer: list[dict]) -> dict:
-    """Medians of both sides and of the ratios of neighbouring turns, with the smallest and largest ratio."""
+def summary(counts: dict[str, dict], ours: list[dict], peer: list[dict]) -> dict:
+    """Medians of both sides and of the ratios of neighbouring turns, with the smallest and largest ratio.
+
+    counts: the turn of each side that counted; the others are timed.
+    """
 
     def middle(turns: list[dict], value: Callable[[dict], float]) -> float:
         return statistics.median(value(t) for t in turns)
@@ -679,15 +678,15 @@ def summary(ours: list[dict], peer: list[dict]) -> dict:
     rows = {}
     for name, turns in (("ours", ours), ("peer", peer)):
         rows[name] = {
-            "seconds": middle(turns, seconds), "memory": turns[0]["memory"],
-            "flops": turns[0]["flops"],
-            "limit": turns[1:] and turns[0]["flops"] / middle(turns[1:], lambda t: t["first"] * t["matmul_rate"]),
+            "seconds": middle(turns, seconds), "memory": counts[name]["memory"],
+            "flops": counts[name]["flops"],
+            "limit": counts[name]["flops"] / middle(turns, lambda t: t["first"] * t["matmul_rate"]),
             "sampling_share": middle(turns, lambda t: t["sampling"] / seconds(t)),
             "decoding_limit": turns[0]["decoding_limit"] and middle(turns, lambda t: t["decoding_limit"]),
             "tokens": turns[0]["tokens"], "losses": turns[0]["losses"],
         }  # fmt: skip
     return {
-        **rows, "faster": ratios(seconds), "memory_share": ours[0]["memory"] / peer[0]["memory"],
+        **rows, "faster": ratios(seconds), "memory_share": counts["ours"]["memory"] / counts["peer"]["memory"],
         "counted": ours[0]["counted"], "matmul_rate": middle([*ours, *peer], lambda t: t["matmul_rate"]),
         "bandwidth": middle([*ours, *peer], lambda t: t["bandwidth"]),
     }  # fmt: skip
@@ -703,9 +702,9 @@ def print_summary(stage: str, s: dict) -> None:
     for name in ("ours", "peer"):
         r = s[name]
         tokens = " / ".join(f"{r['tokens'][k]:.0f}" for k in ("grad", "no_grad", "sampled"))
-        limit, bound = (f"{r[k]:.2f}" if r[k] else "-" for k in ("limit", "decoding_limit"))
+        bound = f"{r['decoding_limit']:.2f}" if r["decoding_limit"] else "-"
         print(f"| {name:5} | {r['seconds']:.2f} | {r['memory'] / mib:.0f} "
-              f"| {r['flops'] / g:.0f} | {limit} "
+              f"| {r['flops'] / g:.0f} | {r['limit']:.2f} "
               f"| {tokens} | {r['sampling_share']:.2f} | {bound} |")  # fmt: skip
     print(f"ours is {s['faster'][0]:.2f} times as fast [{s['faster'][1]:.2f}, {s['faster'][2]:.2f}] with "
           f"{s['memory_share']:.2f} of the memory; losses "
@@ -716,6 +715,7 @@ def print_summary(stage: str, s: dict) -> None:
 def main(args: Args) -> dict:
     """Compare one stage with TRL on the same work (bench/run.py)."""
     args.batch_size, args.steps = args.batch_size or SIZES[args.stage], args.steps or STEPS[args.stage]
+    args.turns = args.turns or TURNS.get(args.stage, 2)
     args.learning_rate = args.learning_rate or LEARNING_RATES.get(args.stage, 1e-5)
     args.micro_batch_size = min(args.micro_batch_size, args.batch_size)
     if args.threads:
@@ -727,12 +727,15 @@ def main(args: Args) -> dict:
         return result
     prepare(args)
     sides: dict[str, list[dict]] = {"ours": [], "peer": []}
+    counts = {side: turn(args, side, count=True) for side in sides}
     for number in range(args.turns):
         for side, turns in sides.items():
-            turns.append(turn(args, side, count=not turns))
+            turns.append(turn(args, side))
             print(f"turn {number + 1}, {side}: {statistics.mean(turns[-1]['seconds']):.2f} s per step", flush=True)
-    result = summary(sides["ours"], sides["peer"])
-    (folder / "result.json").write_text(json.dumps({"args": vars(args), **result, "turns": sides}, indent=1))
+    result = summary(counts, sides["ours"], sides["peer"])
+    (folder / "result.json").write_text(
+        json.dumps({"args": vars(args), **result, "counts": counts, "turns": sides}, indent=1)
+    )
     print_summary(args.stage, result)
     return result
 
