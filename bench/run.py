@@ -577,7 +577,8 @@ def run_peer(args: Args, folder: Path) -> dict:
     if args.stage == "ppo":
         return run_peer_ppo(args, folder)
     if args.peer_compact:  # on a CPU it scores them all, prompts and padding too
-        importlib.import_module("trl.trainer.utils")._use_triton = lambda device: True
+        utils: Any = importlib.import_module("trl.trainer.utils")
+        utils._use_triton = lambda device: True
     name = {"sft": "SFT", "dpo": "DPO", "grpo": "GRPO", "rloo": "RLOO"}.get(args.stage, "Reward")
     trainer_class, config_class = getattr(trl, f"{name}Trainer"), getattr(trl, f"{name}Config")  # imports them
     meter = Meter(args)
@@ -733,9 +734,8 @@ def main(args: Args) -> dict:
             turns.append(turn(args, side))
             print(f"turn {number + 1}, {side}: {statistics.mean(turns[-1]['seconds']):.2f} s per step", flush=True)
     result = summary(counts, sides["ours"], sides["peer"])
-    (folder / "result.json").write_text(
-        json.dumps({"args": vars(args), **result, "counts": counts, "turns": sides}, indent=1)
-    )
+    written = {"args": vars(args), **result, "counts": counts, "turns": sides}
+    (folder / "result.json").write_text(json.dumps(written, indent=1))
     print_summary(args.stage, result)
     return result
 

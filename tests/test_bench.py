@@ -85,20 +85,20 @@ def test_kwise_pairs() -> None:
 
 
 def test_summary_by_hand() -> None:
-    """Time ratios are of neighbouring turns: 6/2 and 8/4 seconds; what the first turns count is theirs: 10/30 bytes.
+    """Time ratios are of neighbouring turns: 6/2 and 8/4 seconds; bytes, 10/30, are of the turns that count.
 
-    The first step of the second turn takes twice 4 seconds for the 4 GFLOP that the first turn counted, at 1 GFLOP/s.
+    The first steps take twice 2 and twice 4 seconds for the 3 GFLOP that were counted, at 1 GFLOP/s: 3 / 6.
     """
 
-    def turn(seconds: float, memory: int) -> dict:
+    def turn(seconds: float) -> dict:
         common = {"losses": [1.0], "counted": 7.0, "tokens": {"grad": 1, "no_grad": 2, "sampled": 3}, "sampling": 1.0}
         return common | {
-            "seconds": [seconds - 1, seconds + 1], "memory": memory, "first": 2 * seconds,
-            "flops": 4e9, "decoding_limit": 0.25,
+            "seconds": [seconds - 1, seconds + 1], "first": 2 * seconds, "decoding_limit": 0.25,
             "matmul_rate": 1e9, "bandwidth": 1e9,
         }  # fmt: skip
 
-    result = bench.summary([turn(2, 10), turn(4, 10)], [turn(6, 30), turn(8, 20)])
+    counts = {"ours": {"memory": 10, "flops": 3e9}, "peer": {"memory": 30, "flops": 3e9}}
+    result = bench.summary(counts, [turn(2), turn(4)], [turn(6), turn(8)])
     assert result["faster"] == [2.5, 2.0, 3.0] and result["memory_share"] == pytest.approx(1 / 3)
     assert result["ours"]["limit"] == pytest.approx(0.5)
     assert result["ours"]["seconds"] == 3 and result["ours"]["sampling_share"] == pytest.approx((0.5 + 0.25) / 2)
