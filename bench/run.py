@@ -102,7 +102,7 @@ class Args:
 
 # RL: so small that neither side's updates move the lengths of responses, and with them the work; the others as usual
 LEARNING_RATES = {"grpo": 1e-8, "rloo": 1e-8, "ppo": 1e-8}
-SIZES = {"sft": 32, "reward": 16, "kwise": 4, "dpo": 16, "grpo": 64, "rloo": 32, "ppo": 16}  # examples per step
+SIZES = {"sft": 32, "reward": 16, "kwise": 4, "dpo": 16, "grpo": 32, "rloo": 32, "ppo": 16}  # examples per step
 
 STEPS = {"sft": 3, "reward": 6, "kwise": 1, "dpo": 2, "grpo": 1, "rloo": 1, "ppo": 1}  # measured per turn
 TURNS = {"ppo": 1}  # of each side; 2 in the others
