@@ -8,8 +8,9 @@
     python bench/scaling.py --stage grpo
 
 The work is bench/run.py's, without its peer and without end tokens: every response has the longest length, so that it
-is known. A token costs a + b * length, where b * length is attention (in sampling and training): b is fitted by least
-squares to the three lengths, and the table shows its share. First of all comes the share of a step spent sampling.
+is known. A response of L tokens costs c + a L + b L^2: c is its prompt's, b L^2 what its tokens' attention to each other
+takes, in sampling and in training. The three lengths give the three, and the table shows the share of b L^2. First of all
+comes the share of a step spent sampling.
 """
 
 import json
@@ -58,13 +59,14 @@ def measure(args: Args, batch: int, length: int) -> dict[str, float]:
 
 
 def attention_share(lengths: list[float], per_token: list[float]) -> list[float]:
-    """Share of the time per token that grows with the length: b L / (a + b L), a and b by least squares.
+    """Share of the time that grows with the square of the length: b L^2 / (c + a L + b L^2), from three lengths.
 
-    >>> [round(share, 3) for share in attention_share([1, 2, 4], [3.0, 4.0, 6.0])]
-    [0.333, 0.5, 0.667]
+    >>> [round(share, 3) for share in attention_share([1, 2, 4], [6.0, 6.0, 7.5])]  # 2 + 3 L + L^2
+    [0.167, 0.333, 0.533]
     """
-    b, _ = np.polyfit(lengths, per_token, 1)
-    return [float(max(b, 0.0) * x / y) for x, y in zip(lengths, per_token, strict=True)]
+    x, times = np.array(lengths, dtype=float), np.array(lengths) * np.array(per_token)
+    b = max(np.polyfit(x, times, 2)[0], 0.0)
+    return (b * x**2 / times).tolist()
 
 
 def main(args: Args) -> dict[str, Any]:

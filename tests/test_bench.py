@@ -1,5 +1,6 @@
 """bench/run.py: the work that it makes, its arithmetic, and (slow) one small comparison per stage."""
 
+import importlib
 import importlib.util
 import json
 import math
@@ -102,6 +103,14 @@ def test_summary_by_hand() -> None:
     assert result["faster"] == [2.5, 2.0, 3.0] and result["memory_share"] == pytest.approx(1 / 3)
     assert result["ours"]["limit"] == pytest.approx(0.5)
     assert result["ours"]["seconds"] == 3 and result["ours"]["sampling_share"] == pytest.approx((0.5 + 0.25) / 2)
+
+
+def test_attention_share_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Responses of 1, 2, 4 that take 2 + 3 L + L^2: 6, 12, 30; and of 2 + 3 L: 5, 8, 14, which has no such share."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    scaling = importlib.import_module("scaling")
+    assert scaling.attention_share([1, 2, 4], [6, 6, 7.5]) == pytest.approx([1 / 6, 4 / 12, 16 / 30])
+    assert scaling.attention_share([1, 2, 4], [5, 4, 3.5]) == pytest.approx([0, 0, 0], abs=1e-9)
 
 
 @pytest.mark.slow
