@@ -8,9 +8,9 @@
     python bench/scaling.py --stage grpo
 
 The work is bench/run.py's, without its peer and without end tokens: every response has the longest length, so that it
-is known. A response of L tokens costs c + a L + b L^2: c is its prompt's, b L^2 what its tokens' attention to each other
-takes, in sampling and in training. The three lengths give the three, and the table shows the share of b L^2. First of all
-comes the share of a step spent sampling.
+is known. A response of L tokens costs c + a L + b L^2: c is its prompt's, b L^2 its tokens' attention to each other, in
+sampling and in training. Three lengths give all three; the table shows the share of b L^2. First of all comes
+the share of a step spent sampling.
 """
 
 import json
