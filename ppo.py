@@ -1227,10 +1227,10 @@ def sample(
 ) -> tuple[list[list[int]], list[list[float]]]:  # fmt: skip
     """Responses to P prompts, samples_per_prompt (G) each -> (token ids, log-probs), P * G lists, prompt by prompt.
 
-    With shared rows, waiting prompts come in when all responses of half of the `batch_size` // G have ended; else, of
-    all. Token t of a response is the inverse CDF at
-    one uniform number, a function of (key, names[p], sample, t) and of nothing else, so neither `batch_size` nor the
-    other prompts change what is sampled. key = (seed, stream, step).
+    `batch_size` // G prompts have their responses at once; others wait until all responses of half of them have ended,
+    or of all of them where rows are not shared. Token t of a response is the inverse CDF at one uniform number, a
+    function of (key, names[p], sample, t) and of nothing else, so neither `batch_size` nor the other prompts change
+    what is sampled. key = (seed, stream, step).
     """
     causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
     backbone, device, g = getattr(causal_lm, causal_lm.base_model_prefix), causal_lm.device, samples_per_prompt

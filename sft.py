@@ -491,9 +491,7 @@ def pack_examples(
     """Examples {"ids", "mask"} -> micro-batches of rows; with packing each row is filled up to the longest example."""
     examples = sorted(examples, key=lambda e: -len(e["ids"]))
     lengths = [len(e["ids"]) for e in examples]
-    filled = fill_rows(
-        lengths, lengths[0] if packing else 0
-    )  # padding of a few per cent, no row longer than it must be
+    filled = fill_rows(lengths, lengths[0] if packing else 0)  # padding of a few per cent, no row longer than needed
     bins = [[examples[i] for i in row] for row in filled]
     for start in range(0, len(bins), micro_batch_size):
         rows: list[list[Part]] = []

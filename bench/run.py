@@ -300,8 +300,8 @@ class Meter:
             from torch.utils.flop_counter import FlopCounterMode
 
             self.count_bytes()
-            self.memory += tensor_bytes() - self.live  # of tensors that the allocator did not make, as loaded weights
-            self.live = tensor_bytes()
+            unseen = tensor_bytes() - self.live  # of tensors that the allocator did not make, as loaded weights
+            self.live, self.memory = self.live + unseen, self.memory + unseen
             self.flops = FlopCounterMode(display=False)
             self.flops.mod_tracker = WholeModel()
             self.flops.__enter__()
@@ -740,11 +740,14 @@ def main(args: Args) -> dict:
     return result
 
 
-if __name__ == "__main__":
-    arguments: Any = Args
-    parser = HfArgumentParser(arguments, description=main.__doc__, allow_abbrev=False)
-    (parsed,) = parser.parse_args_into_dataclasses()
+def run_cli(main: Callable[[Any], Any], args_class: Any, name: str) -> None:
+    """Parse the flags and call main; a UserError is one line and exit status 1."""
+    (args,) = HfArgumentParser(args_class, description=main.__doc__, allow_abbrev=False).parse_args_into_dataclasses()
     try:
-        main(parsed)
+        main(args)
     except UserError as problem:
-        sys.exit(f"run.py: {problem}")
+        sys.exit(f"{name}: {problem}")
+
+
+if __name__ == "__main__":
+    run_cli(main, Args, "run.py")

@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from run import ROOT, SHARED, UserError, arg, prepare
+from run import ROOT, SHARED, UserError, arg, prepare, run_cli
 from run import Args as RunArgs
-from transformers import AutoTokenizer, GenerationConfig, HfArgumentParser
+from transformers import AutoTokenizer, GenerationConfig
 
 NAMES = ("ours", "half", "generate", "static", "continuous")
 
@@ -143,9 +143,4 @@ def main(args: Args) -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    arguments: Any = Args
-    (parsed,) = HfArgumentParser(arguments, description=main.__doc__, allow_abbrev=False).parse_args_into_dataclasses()
-    try:
-        main(parsed)
-    except UserError as problem:
-        sys.exit(f"sampling.py: {problem}")
+    run_cli(main, Args, "sampling.py")

@@ -15,15 +15,13 @@ the share of a step spent sampling.
 
 import json
 import statistics
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from run import SHARED, UserError, arg, prepare, turn
+from run import SHARED, arg, prepare, run_cli, turn
 from run import Args as RunArgs
-from transformers import HfArgumentParser
 
 
 @dataclass
@@ -87,9 +85,4 @@ def main(args: Args) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    arguments: Any = Args
-    (parsed,) = HfArgumentParser(arguments, description=main.__doc__, allow_abbrev=False).parse_args_into_dataclasses()
-    try:
-        main(parsed)
-    except UserError as problem:
-        sys.exit(f"scaling.py: {problem}")
+    run_cli(main, Args, "scaling.py")

@@ -11,10 +11,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, shared_or_skip
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+import reward
 
 
 def load_bench() -> ModuleType:
@@ -61,6 +64,31 @@ def test_the_work_on_hh_rlhf() -> None:
     assert all(p["prompt"][-1]["role"] == "user" and p["chosen"] != p["rejected"] for p in pairs)
     with pytest.raises(bench.UserError, match="usable pairs"):
         bench.read_pairs(folder, tokenizer, 10**6, 384)
+
+
+def test_packed_rows_hold_little_padding() -> None:
+    """512 hh-rlhf pairs, eight to a micro-batch: columns of packed rows, of a row a pair, and padded as TRL's.
+
+    For a token there are at most 1.07, over 1.8 and over 3 columns, as bench/README.md says.
+    """
+    folder, tokens = shared_or_skip("data", "hh_rlhf"), shared_or_skip("tokenizers", "phi3-mini")
+    tokenizer = AutoTokenizer.from_pretrained(tokens)
+    tokenizer.chat_template = bench.TEMPLATE
+    config, counts = LlamaConfig(hidden_size=384), np.zeros(4, dtype=int)
+    groups = []
+    for pair in bench.read_pairs(folder, tokenizer, 512, 384):
+        texts = [pair["chosen"], pair["rejected"]]
+        responses = [
+            reward.encode_response(tokenizer, pair["prompt"], text, [tokenizer.eos_token_id]) for text in texts
+        ]
+        groups.append((reward.encode_prompt(tokenizer, pair["prompt"]), responses))
+    for some in (groups[i : i + 8] for i in range(0, 512, 8)):
+        widths = reward.row_width(some, config), 1, 0
+        layouts = [reward.lay_out(some, width, 0, torch.device("cpu")) for width in widths]
+        counts += [int((layouts[0].group > 0).sum()), *(rows.input_ids.numel() for rows in layouts)]
+    real, packed, alone, padded = counts.tolist()
+    assert real == sum(len(prompt) + sum(map(len, ys)) for prompt, ys in groups)
+    assert real <= packed < 1.07 * real and alone > 1.8 * real and padded > 3 * real
 
 
 def test_responses_end_with_probability_one_in_fifty(tmp_path: Path) -> None:
@@ -135,14 +163,18 @@ def test_small_comparison(stage: str, tmp_path: Path) -> None:
         assert 0 < result["ours"]["sampling_share"] < 1 and math.isfinite(result["ours"]["decoding_limit"])
 
 
+def run_script(name: str, folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    """bench/NAME.py on a small model with responses of at most 6 tokens, in a process of its own."""
+    size = ["--max_response_length=6", "--hidden_size=64", "--layers=2", "--threads=1", f"--output_dir={folder}"]
+    source = [f"--pairs={ROOT / 'tiny' / 'preferences.jsonl'}", f"--tokenizer={ROOT / 'tiny' / 'base'}"]
+    command = [sys.executable, str(ROOT / "bench" / f"{name}.py"), *size, *source, *flags]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
 @pytest.mark.slow
 def test_scaling_goes_through(tmp_path: Path) -> None:
     """Five sizes of a small step: every response as long as asked, so tokens count as batch times length."""
-    script = ROOT / "bench" / "scaling.py"
-    flags = ["--batch_size=8", "--max_response_length=6", "--steps=1", "--hidden_size=64", "--layers=2", "--threads=1"]
-    source = [f"--pairs={ROOT / 'tiny' / 'preferences.jsonl'}", f"--tokenizer={ROOT / 'tiny' / 'base'}"]
-    command = [sys.executable, str(script), *flags, *source, f"--output_dir={tmp_path}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_script("scaling", tmp_path, "--batch_size=8", "--steps=1")
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "scaling.json").read_text())
     assert [row["counted"] for row in result["batches"]] == [48, 96, 192]
@@ -153,16 +185,12 @@ def test_scaling_goes_through(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_samplers_go_through(tmp_path: Path) -> None:
     """Ours and transformers' on a small model: each draws at least one token a response and at most the longest."""
-    script = ROOT / "bench" / "sampling.py"
-    flags = ["--batch_size=16", "--max_response_length=6", "--turns=1", "--hidden_size=64", "--layers=2", "--threads=1"]
-    source = [f"--pairs={ROOT / 'tiny' / 'preferences.jsonl'}", f"--tokenizer={ROOT / 'tiny' / 'base'}"]
-    command = [sys.executable, str(script), *flags, *source, f"--output_dir={tmp_path}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_script("sampling", tmp_path, "--batch_size=16", "--turns=1")
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "sampling.json").read_text())
     samplers = [row for name, row in result.items() if name != "args"]
     assert len(samplers) >= 4 and all(16 <= row["tokens"] <= 96 and row["seconds"] > 0 for row in samplers)
-    done = subprocess.run([*command, "--only", "beam"], capture_output=True, text=True, check=False)
+    done = run_script("sampling", tmp_path, "--only", "beam")
     assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("sampling.py: --only beam")
 
 

@@ -230,6 +230,20 @@ def test_grouped_heads_attend_without_copies(monkeypatch: pytest.MonkeyPatch) ->
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention.sdpa_attention_forward
 
 
+def test_decoding_copies_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four query heads on two of keys: no token after the prompt repeats keys for them."""
+    model, go_on = make_model("llama"), ppo.go_on
+    expected = draw(model)
+
+    def watched(*given: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(sdpa_attention, "repeat_kv", None)
+            return go_on(*given)
+
+    monkeypatch.setattr(ppo, "go_on", watched)
+    assert draw(model) == expected
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral windowed", "gemma3_text"])
 def test_long_prompts_come_in_pieces(family: str) -> None:
     """Two prompts of 4500 and 3000 tokens are computed in three pieces; responses outgrow the cache's spare columns."""
