@@ -42,7 +42,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -161,6 +161,7 @@ class Args:
     micro_batch_size: int = arg(
         32, "rows (reward, dpo: prompts; RL: responses) per forward pass: memory, not the result"
     )
+    tokens_per_micro_batch: int = arg(0, "and no more tokens than this, or one that alone has more; 0: no bound")
     epochs: float = arg(2.5, "passes over the dataset")
     max_steps: int = arg(0, "stop after this many steps; 0: no limit; the smaller bound wins")
     # run
@@ -316,7 +317,7 @@ def chunked_logprobs(
     """
 
     def one_chunk(h: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        logp = (logits(h).float() / temperature).log_softmax(-1)
+        logp = logits(h).float().div_(temperature).log_softmax(-1)
         known = logp if all_gradients else logp.detach()
         return logp.gather(-1, target[:, None]).squeeze(-1), -(known.exp() * known).sum(-1)
 
@@ -584,6 +585,20 @@ def fill_rows(lengths: list[int], width: int) -> list[list[int]]:
     return rows
 
 
+def micro_batches(order: Sequence[int], tokens: list[int], args: Any) -> list[list[int]]:
+    """The numbers in `order`, i with tokens[i], cut for one pass each: --micro_batch_size, or fewer where they would
+    have more than --tokens_per_micro_batch tokens."""
+    batches: list[list[int]] = []
+    room, most = 0.0, args.tokens_per_micro_batch or math.inf
+    for i in order:
+        room -= tokens[i]
+        if not batches or room < 0 or len(batches[-1]) == args.micro_batch_size:
+            batches.append([])
+            room = most - tokens[i]
+        batches[-1].append(i)
+    return batches
+
+
 def row_width(groups: list[Group], config: Any) -> int:
     """The width of rows [prompt][y1][y2]... of one or more groups, or 0: a padded row per response is less work.
 
@@ -631,22 +646,23 @@ Micro = tuple[list[int], Rows]  # numbers of the responses, and their rows
 
 
 def lay_out_rollout(
-    groups: list[Group], n_minibatches: int, micro_batch_size: int, config: Any, pad_id: int, device: Any
+    groups: list[Group], n_minibatches: int, args: Any, config: Any, pad_id: int, device: Any
 ) -> list[list[Micro]]:
     """All responses as minibatches of micro-batches, laid out once for every pass of every role.
 
     The same rows serve old log-probs, reference, values, scores and updates, so the first ratio is 1 to rounding. Which
-    minibatch a response belongs to depends on its place alone: micro_batch_size changes memory, not the result.
+    minibatch a response belongs to depends on its place alone: micro-batches change memory, not the result.
     """
     owners = [g for g, (_, responses) in enumerate(groups) for _ in responses]
     ids = [y for _, responses in groups for y in responses]
     longest = [len(prompt) + max(map(len, responses)) for prompt, responses in groups]
+    tokens = [len(groups[g][0]) + len(y) for g, y in zip(owners, ids, strict=True)]  # of a row each: the most
     n_tokens = max(map(len, ids))
     minibatches: list[list[Micro]] = []
     for part in np.array_split(np.arange(len(ids)), n_minibatches):
         order = sorted(part.tolist(), key=lambda i: longest[owners[i]])  # similar lengths: little padding
         minibatches.append([])
-        for numbers in (order[k : k + micro_batch_size] for k in range(0, len(order), micro_batch_size)):
+        for numbers in micro_batches(order, tokens, args):
             same_prompt = itertools.groupby(numbers, key=lambda i: owners[i])
             some = [(groups[g][0], [ids[i] for i in members]) for g, members in same_prompt]
             rows = lay_out(some, row_width(some, config), pad_id, device, n_tokens)
@@ -1256,7 +1272,7 @@ def sample(
         assert decoding is not None
         who = decoding.number
         at = lengths[who]
-        logp = torch.log_softmax(lm_logits(model, decoding.state).float() / temperature, dim=-1)
+        logp = lm_logits(model, decoding.state).float().div_(temperature).log_softmax(-1)
         cdf = logp.exp().double().cumsum_(-1)
         token = torch.searchsorted(cdf, (uniform[who, at] * cdf[:, -1])[:, None], right=True)
         token = token.clamp(max=cdf.shape[1] - 1)
@@ -1300,7 +1316,7 @@ def roll_out(
     groups = [(p["ids"], responses[i * samples : (i + 1) * samples]) for i, p in enumerate(prompts)]
     config, device = model.get_base_model().config, model.device
     pad_id = tokenizer.pad_token_id
-    minibatches = lay_out_rollout(groups, n_minibatches, args.micro_batch_size, config, pad_id, device)
+    minibatches = lay_out_rollout(groups, n_minibatches, args, config, pad_id, device)
     lengths = torch.tensor([len(y) for y in responses], device=device)
     mask = (torch.arange(lengths.max().item(), device=device) < lengths[:, None]).long()
     logprobs = torch.zeros(mask.shape, device=device)
@@ -1342,9 +1358,8 @@ def score_responses(rollout: Rollout, reward: RewardModel | Callable, args: Any)
                 groups.append((encode_prompt(reward.tokenizer, p["prompt"]), [answer]))
             except BadRow as bad:
                 raise UserError(f"the reward model's template can't take {p['prompt']!r:.60}: {bad.args[1]}") from bad
-        numbers = list(range(len(groups)))
-        slices = [slice(i, i + args.micro_batch_size) for i in range(0, len(groups), args.micro_batch_size)]
-        batches = [(numbers[s], lay_out(groups[s], 0, pad_id, device)) for s in slices]
+        micros = micro_batches(range(len(groups)), [len(prompt) + len(y) for prompt, (y,) in groups], args)
+        batches = [(numbers, lay_out([groups[i] for i in numbers], 0, pad_id, device)) for numbers in micros]
     scores = torch.zeros(len(rollout.responses), device=device)
     has_adapter = hasattr(reward.model, "peft_config")
     with role(reward.model, "reward") if has_adapter else torch.no_grad():
@@ -1641,8 +1656,8 @@ def ptx_backward(
     n_tokens = sum(len(ids) - 1 for ids in windows)
     mine = windows[accelerator.process_index :: accelerator.num_processes]
     with role(model, "policy", grad=True):
-        for i in range(0, len(mine), args.micro_batch_size):
-            groups = [(ids[:1], [ids[1:]]) for ids in mine[i : i + args.micro_batch_size]]
+        for numbers in micro_batches(range(len(mine)), [len(ids) for ids in mine], args):
+            groups = [(mine[i][:1], [mine[i][1:]]) for i in numbers]
             logprobs = response_logprobs(model, lay_out(groups, 0, pad_id, model.device))[0]
             (-args.ptx_coef * logprobs.sum() / n_tokens).backward()
 
@@ -1741,6 +1756,8 @@ def check_args(args: Args, world: int) -> None:
     for name in [*positive.split(), "max_response_length", "kl_horizon"]:
         if getattr(args, name) <= 0:
             raise UserError(f"--{name} {getattr(args, name)}: must be above 0")
+    if args.tokens_per_micro_batch < 0:
+        raise UserError(f"--tokens_per_micro_batch {args.tokens_per_micro_batch}: must not be below 0")
     if args.lora_r == 0:
         raise UserError("--lora_r 0: RL trains LoRA adapters only; use a rank of at least 1")
     if args.reward_fn and args.reward_model:

@@ -119,6 +119,7 @@ class Args:
     micro_batch_size: int = arg(
         8, "rows (reward, dpo: prompts; RL: responses) per forward pass: memory, not the result"
     )
+    tokens_per_micro_batch: int = arg(0, "and no more tokens than this, or one that alone has more; 0: no bound")
     epochs: float = arg(1.0, "passes over the dataset")
     max_steps: int = arg(0, "stop after this many steps; 0: no limit; the smaller bound wins")
     # run
@@ -481,6 +482,20 @@ def fill_rows(lengths: list[int], width: int) -> list[list[int]]:
         rows[r].append(i)
         free[r] -= lengths[i]
     return rows
+
+
+def micro_batches(order: Sequence[int], tokens: list[int], args: Any) -> list[list[int]]:
+    """The numbers in `order`, i with tokens[i], cut for one pass each: --micro_batch_size, or fewer where they would
+    have more than --tokens_per_micro_batch tokens."""
+    batches: list[list[int]] = []
+    room, most = 0.0, args.tokens_per_micro_batch or math.inf
+    for i in order:
+        room -= tokens[i]
+        if not batches or room < 0 or len(batches[-1]) == args.micro_batch_size:
+            batches.append([])
+            room = most - tokens[i]
+        batches[-1].append(i)
+    return batches
 
 
 def row_width(groups: list[Group], config: Any) -> int:
@@ -1058,13 +1073,13 @@ def global_sums(accelerator: Accelerator, *values: float) -> list[float]:
 
 
 # ------------------------------------------------------------------------------------------------------ evaluation
-def score_all(model: Any, head: nn.Linear, groups: list[Group], size: int, pad_id: int) -> list[list[float]]:
-    """Raw scores of each group's responses, `size` groups at a time, those of like length together."""
-    order = sorted(range(len(groups)), key=lambda g: group_tokens(groups[g]))
+def score_all(model: Any, head: nn.Linear, groups: list[Group], args: Any, pad_id: int) -> list[list[float]]:
+    """Raw scores of each group's responses in micro-batches, groups of like length together."""
+    tokens = [group_tokens(group) for group in groups]
+    order = sorted(range(len(groups)), key=lambda g: tokens[g])
     scores: list[list[float]] = [[] for _ in groups]
     with role(model, "reward"):
-        for start in range(0, len(order), size):
-            part = order[start : start + size]
+        for part in micro_batches(order, tokens, args):
             values = iter(score_groups(model, head, [groups[g] for g in part], pad_id)[0].tolist())
             for g in part:
                 scores[g] = [next(values) for _ in groups[g][1]]
@@ -1083,23 +1098,25 @@ def load_demonstrations(args: Args, examples: list[dict], encode: Callable[[dict
 def normalize_head(model: Any, head: nn.Linear, groups: list[Group], args: Args, pad_id: int) -> dict:
     """Divide the head by the sd of its scores on (at most 1000 of) the groups; {"mean" after, "sd" before, "n"}."""
     order = np.random.default_rng(args.seed).permutation(len(groups))[:1000]
-    raw = np.concatenate(score_all(model, head, [groups[g] for g in order], args.micro_batch_size, pad_id))
+    raw = np.concatenate(score_all(model, head, [groups[g] for g in order], args, pad_id))
     sd = float(raw.std()) or 1.0
     head.weight.data /= sd
     return {"mean": float(raw.mean()) / sd, "sd": sd, "n": len(raw)}
 
 
-def canary_scores(model: Any, head: nn.Linear, examples: list[dict], mean: float, pad_id: int) -> list[dict]:
+def canary_scores(model: Any, head: nn.Linear, examples: list[dict], mean: float, args: Any, pad_id: int) -> list[dict]:
     """Eight texts with their normalised scores, one row at a time: who loads the head must find the same."""
     picked = [(e, k) for e in examples for k in range(len(e["texts"]))][:8]
-    scores = score_all(model, head, [(e["group"][0], [e["group"][1][k]]) for e, k in picked], 1, pad_id)
-    texts = [{"prompt": e["prompt"], "response": e["texts"][k]} for e, k in picked]
-    return [{**text, "score": score - mean} for text, (score,) in zip(texts, scores, strict=True)]
+    rows = []
+    for e, k in picked:
+        ((score,),) = score_all(model, head, [(e["group"][0], [e["group"][1][k]])], args, pad_id)
+        rows.append({"prompt": e["prompt"], "response": e["texts"][k], "score": score - mean})
+    return rows
 
 
-def scored_pairs(model: Any, head: nn.Linear, examples: list[dict], mean: float, size: int, pad_id: int) -> list[dict]:
+def scored_pairs(model: Any, head: nn.Linear, examples: list[dict], mean: float, args: Any, pad_id: int) -> list[dict]:
     """One row per compared pair with its scores, in the format of samples.jsonl; lengths in characters."""
-    rows, scores = [], score_all(model, head, [e["group"] for e in examples], size, pad_id)
+    rows, scores = [], score_all(model, head, [e["group"] for e in examples], args, pad_id)
     for e, values in zip(examples, scores, strict=True):
         for i, j in better_pairs(e["ranks"]):
             row = {"id": e["id"] if len(values) == 2 else f"{e['id']}-{i}-{j}", "prompt": e["prompt"]}
@@ -1133,6 +1150,8 @@ def main(args: Args) -> None:
     for name in ("batch_size", "micro_batch_size", "epochs"):
         if getattr(args, name) <= 0:
             raise UserError(f"--{name} {getattr(args, name)}: must be above 0")
+    if args.tokens_per_micro_batch < 0:
+        raise UserError(f"--tokens_per_micro_batch {args.tokens_per_micro_batch}: must not be below 0")
     if args.lora_r == 0:
         raise UserError("--lora_r 0 is for sft.py only: a reward model is a LoRA adapter and a head")
     if args.loss == "plackett_luce" and args.label_smoothing:
@@ -1192,8 +1211,8 @@ def main(args: Args) -> None:
         # 3.1 Gradient of the mean over the batch's prompts, summed up over micro-batches
         sums = np.zeros(8)  # loss, five of pair_sums, micro-batches, those with shared rows
         with role(model, "reward", grad=True):
-            for first in range(0, len(mine), args.micro_batch_size):
-                micro = mine[first : first + args.micro_batch_size]
+            for numbers in micro_batches(range(len(mine)), [group_tokens(e["group"]) for e in mine], args):
+                micro = [mine[i] for i in numbers]
                 pairs = compare(micro, length_sd, device)
                 scores, shared = score_groups(model, head, [e["group"] for e in micro], pad_id)
                 loss = reward_loss(scores, pairs, covariance, args) / len(batch)
@@ -1209,7 +1228,7 @@ def main(args: Args) -> None:
         metrics |= {"grad_norm": grad_norm, "learning_rate": learning_rate, "shared_rows": n_shared / n_micro}
         seconds, tokens = time.time() - start, sum(group_tokens(e["group"]) for e in batch)
         if heldout and args.eval_every and (step + 1) % args.eval_every == 0:
-            rows = scored_pairs(model, head, heldout, 0.0, args.micro_batch_size, pad_id)
+            rows = scored_pairs(model, head, heldout, 0.0, args, pad_id)
             metrics["heldout_accuracy"] = share_won(rows, "score")
         peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
         timing = {"seconds": seconds, "tokens_per_second": tokens / seconds, "peak_bytes": peak}
@@ -1230,12 +1249,12 @@ def main(args: Args) -> None:
     card = normalize_head(model, head, groups, args, pad_id)
     save_adapter(folder, model, "reward", base, tokenizer, head.weight)
     card |= {"quant": args.quant, "dtype": args.dtype, "normalized_on": normalized_on}
-    card["canaries"] = canary_scores(model, head, heldout or examples, card["mean"], pad_id)
+    card["canaries"] = canary_scores(model, head, heldout or examples, card["mean"], args, pad_id)
     write_json(folder / "reward.json", card)
     print(f"reward: raw scores have mean {card['mean']:.3f} and sd 1 on {card['n']} examples of {normalized_on}")
     gates = []
     if heldout:
-        rows = scored_pairs(model, head, heldout, card["mean"], args.micro_batch_size, pad_id)
+        rows = scored_pairs(model, head, heldout, card["mean"], args, pad_id)
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_file(folder / "samples.jsonl", lambda temporary: temporary.write_text(lines, encoding="utf-8"))
         accuracy, low, rule = print_accuracy(rows)

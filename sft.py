@@ -33,7 +33,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -118,6 +118,7 @@ class Args:
     micro_batch_size: int = arg(
         8, "rows (reward, dpo: prompts; RL: responses) per forward pass: memory, not the result"
     )
+    tokens_per_micro_batch: int = arg(0, "and no more tokens than this, or one that alone has more; 0: no bound")
     epochs: float = arg(3.0, "passes over the dataset")
     max_steps: int = arg(0, "stop after this many steps; 0: no limit; the smaller bound wins")
     # run
@@ -179,7 +180,7 @@ def chunked_logprobs(
     """
 
     def one_chunk(h: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        logp = (logits(h).float() / temperature).log_softmax(-1)
+        logp = logits(h).float().div_(temperature).log_softmax(-1)
         known = logp if all_gradients else logp.detach()
         return logp.gather(-1, target[:, None]).squeeze(-1), -(known.exp() * known).sum(-1)
 
@@ -485,18 +486,30 @@ def fill_rows(lengths: list[int], width: int) -> list[list[int]]:
     return rows
 
 
-def pack_examples(
-    examples: list[dict], packing: bool, micro_batch_size: int, pad_id: int, device: Any
-) -> Iterator[Rows]:
+def micro_batches(order: Sequence[int], tokens: list[int], args: Any) -> list[list[int]]:
+    """The numbers in `order`, i with tokens[i], cut for one pass each: --micro_batch_size, or fewer where they would
+    have more than --tokens_per_micro_batch tokens."""
+    batches: list[list[int]] = []
+    room, most = 0.0, args.tokens_per_micro_batch or math.inf
+    for i in order:
+        room -= tokens[i]
+        if not batches or room < 0 or len(batches[-1]) == args.micro_batch_size:
+            batches.append([])
+            room = most - tokens[i]
+        batches[-1].append(i)
+    return batches
+
+
+def pack_examples(examples: list[dict], args: Any, pad_id: int, device: Any) -> Iterator[Rows]:
     """Examples {"ids", "mask"} -> micro-batches of rows; with packing each row is filled up to the longest example."""
     examples = sorted(examples, key=lambda e: -len(e["ids"]))
     lengths = [len(e["ids"]) for e in examples]
-    filled = fill_rows(lengths, lengths[0] if packing else 0)  # padding of a few per cent, no row longer than needed
-    bins = [[examples[i] for i in row] for row in filled]
-    for start in range(0, len(bins), micro_batch_size):
+    filled = fill_rows(lengths, lengths[0] if args.packing else 0)  # little padding, no row longer than needed
+    tokens = [lengths[0] if args.packing else lengths[row[0]] for row in filled]
+    for micro in micro_batches(range(len(filled)), tokens, args):
         rows: list[list[Part]] = []
         spots: list[list[Spot]] = []
-        for r, row in enumerate(bins[start : start + micro_batch_size]):
+        for r, row in enumerate([examples[i] for i in filled[k]] for k in micro):
             rows.append([(e["ids"], 0, group + 1, 1) for group, e in enumerate(row)])
             begin = 0
             for e in row:
@@ -965,7 +978,7 @@ def heldout_loss(model: Any, examples: list[dict], args: Args, pad_id: int, acce
     total = count = 0.0
     for start in range(accelerator.process_index * 64, len(examples), 64 * accelerator.num_processes):
         batch = examples[start : start + 64]
-        for rows in pack_examples(batch, args.packing, args.micro_batch_size, pad_id, accelerator.device):
+        for rows in pack_examples(batch, args, pad_id, accelerator.device):
             logprobs, _ = response_logprobs(model, rows)
             total, count = total - logprobs.sum().item(), count + rows.mask.sum().item()
     total, count = global_sums(accelerator, total, count)
@@ -1004,6 +1017,8 @@ def main(args: Args) -> None:
     for name in ("batch_size", "micro_batch_size", "epochs"):
         if getattr(args, name) <= 0:
             raise UserError(f"--{name} {getattr(args, name)}: must be above 0")
+    if args.tokens_per_micro_batch < 0:
+        raise UserError(f"--tokens_per_micro_batch {args.tokens_per_micro_batch}: must not be below 0")
 
     # 1. Model and tokenizer: a base, or the run folder of an earlier adapter to train on
     if args.lora_r == 0 and find_adapter(args.model, args.revision):
@@ -1061,7 +1076,7 @@ def main(args: Args) -> None:
         # 3.1 Gradient of the mean over the batch's assistant tokens, summed up over micro-batches
         model.train()
         loss_sum = entropy_sum = 0.0
-        for rows in pack_examples(mine, args.packing, args.micro_batch_size, tokenizer.pad_token_id, device):
+        for rows in pack_examples(mine, args, tokenizer.pad_token_id, device):
             logprobs, entropy = response_logprobs(model, rows)
             loss = sft_loss(logprobs, rows.mask, n_tokens)
             loss.backward()

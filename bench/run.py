@@ -10,7 +10,9 @@
 
 The work: hh-rlhf dialogues on a Llama of 30 M parameters with random weights, LoRA r=16 on all linear layers (B not 0,
 so that policy and reference differ), fp32, the same rows in the same batches, the same number of optimizer steps, no
-gradient checkpointing on either side. An end token comes about once in 50 tokens, so responses have natural lengths.
+gradient checkpointing on either side. A pass takes 8 examples of TRL's; ours, where the data have responses, as many as
+have 1536 tokens, about what 8 of these pairs have, so that the longest need no more memory than others; TRL has no such
+bound. An end token comes about once in 50 tokens, so responses have natural lengths.
 
 What is measured, in the steps after the first, which warms up, and without ours' evaluation; memory and multiplications
 in the first step of another turn, whose seconds do not count, because counting slows it and what comes after it:
@@ -59,6 +61,7 @@ from transformers import (
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 STAGES = ("sft", "reward", "kwise", "dpo", "grpo", "rloo", "ppo")
+DATA_STAGES = STAGES[:4]  # they learn from given responses; the others sample
 SCRIPTS = {"kwise": "reward", "rloo": "grpo"}  # the script of a stage, where it is not named like it
 TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}Assistant: {{ m['content'] }}{{ eos_token }}"
@@ -84,7 +87,8 @@ class Args:
     hidden_size: int = arg(384, "of the Llama")
     layers: int = arg(10, "of the Llama")
     batch_size: int = arg(0, "examples per step; 0: the stage's own")
-    micro_batch_size: int = arg(8, "examples per forward pass, on both sides")
+    micro_batch_size: int = arg(8, "examples per forward pass: TRL's, and in grpo, rloo and ppo ours'")
+    tokens_per_micro_batch: int = arg(1536, "most tokens of ours' passes in sft, reward, kwise and dpo, of any number")
     steps: int = arg(0, "measured steps per turn; 0: as many as take less than ten minutes")
     turns: int = arg(0, "timed turns of each side; 0: as many as take less than ten minutes")
     samples_per_prompt: int = arg(8, "G of grpo, rloo and ppo")
@@ -102,7 +106,7 @@ class Args:
 
 # RL: so small that neither side's updates move the lengths of responses, and with them the work; the others as usual
 LEARNING_RATES = {"grpo": 1e-8, "rloo": 1e-8, "ppo": 1e-8}
-SIZES = {"sft": 32, "reward": 16, "kwise": 4, "dpo": 16, "grpo": 32, "rloo": 32, "ppo": 16}  # examples per step
+SIZES = {"sft": 32, "reward": 16, "kwise": 4, "dpo": 16, "grpo": 64, "rloo": 64, "ppo": 16}  # examples per step
 
 STEPS = {"sft": 3, "reward": 6, "kwise": 1, "dpo": 2, "grpo": 1, "rloo": 1, "ppo": 1}  # measured per turn
 TURNS = {"ppo": 1}  # of each side; 2 in the others
@@ -204,7 +208,7 @@ def prepare(args: Args) -> Path:
     tokenizer.chat_template = TEMPLATE
     tokenizer.pad_token = tokenizer.unk_token or tokenizer.pad_token
     n_steps = args.steps + 2
-    per_step = args.batch_size // (1 if args.stage in ("sft", "reward", "kwise", "dpo") else args.samples_per_prompt)
+    per_step = args.batch_size // (1 if args.stage in DATA_STAGES else args.samples_per_prompt)
     pairs = read_pairs(Path(args.pairs), tokenizer, per_step * n_steps + 4, 384)
     make_model(args, folder, tokenizer, [pair["prompt"] for pair in pairs[:16]])
     rows = [make_row(args.stage, pair, pairs, i) for i, pair in enumerate(pairs)]
@@ -458,8 +462,9 @@ def run_ours(args: Args, folder: Path) -> dict:
     if args.stage == "dpo":
         shutil.rmtree(folder / "cache", ignore_errors=True)  # every turn computes the reference
         script.cached_logprobs = timed(script.cached_logprobs, extra)
-    if not hasattr(script, "sample") or args.stage == "dpo":
-        settings[args.stage] |= {"max_response_length": 1024}
+    if args.stage in DATA_STAGES:
+        bound = {"micro_batch_size": args.batch_size, "tokens_per_micro_batch": args.tokens_per_micro_batch}
+        settings[args.stage] |= {"max_response_length": 1024, **bound}
     flags = {
         "model": str(folder / "start"), "dataset": str(folder / "train.jsonl"), "output_dir": str(folder / "run"),
         "max_prompt_length": 1024,

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -257,7 +258,9 @@ def test_rows_do_not_change_the_gradient(method: str, first_step: Any, monkeypat
         for width, micro in ((1, 16), (0, 16), (10**6, 16), (1, 3), (0, 3), (10**6, 3), (0, 1)):
             with monkeypatch.context() as patch:
                 patch.setattr(grpo, "row_width", lambda groups, config, width=width: width)
-                batches = grpo.lay_out_rollout(groups, 1, micro, config, 0, torch.device("cpu"))
+                batches = grpo.lay_out_rollout(
+                    groups, 1, replace(rest[-1], micro_batch_size=micro), config, 0, torch.device("cpu")
+                )
             assert len(batches[0]) == math.ceil(16 / micro)
             _, sums = original(model, rollout._replace(minibatches=batches), *rest)
             found.append(([[p.grad.clone() for p in parameters if p.grad is not None]], dict(enumerate(sums))))
@@ -276,10 +279,15 @@ def test_rows_do_not_change_the_gradient(method: str, first_step: Any, monkeypat
 
 @pytest.mark.parametrize("method", [m if m in WHOLE else pytest.param(m, marks=pytest.mark.slow) for m in grpo.METHODS])
 def test_micro_batches_do_not_change_the_step(method: str, first_step: Any) -> None:
-    """The whole step with its reference, penalties and greedy responses: one micro-batch of 16 against 3s and 1s."""
+    """The whole step with its reference, penalties and greedy responses: one micro-batch of 16 against 3s, 1s and as
+    many as have 40 tokens."""
     whole = first_step(method=method, micro_batch_size=16)
-    for micro in (3, 1):
-        assert_same_step(first_step(method=method, micro_batch_size=micro), whole)
+    for cut in (
+        {"micro_batch_size": 3},
+        {"micro_batch_size": 1},
+        {"micro_batch_size": 16, "tokens_per_micro_batch": 40},
+    ):
+        assert_same_step(first_step(method=method, **cut), whole)
 
 
 def test_layout_does_not_change_the_step(first_step: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -446,3 +446,16 @@ def test_from_the_command_line(stage: str, model_folder: Callable[[str], Path]) 
         line = [sys.executable, str(ROOT / "tools" / "plan.py"), stage, "--model", str(model_folder("qwen2"))]
         done = subprocess.run([*line, "--gpu_gb", gpu_gb], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0 and "peak:" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_a_bound_on_tokens_is_filled_up(stage: str, model_folder: Callable[[str], Path]) -> None:
+    """Whole examples leave room below --tokens_per_micro_batch that shorter ones may take: the plan counts it."""
+    script, config = plan.load_script(stage), str(model_folder("llama") / "config.json")
+    lengths = {"max_prompt_length": 40, "max_response_length": 24}
+    more = {"reward_fn": "some.py:function"} if stage == "grpo" else {}
+    for most in (0, 150, 300):
+        args = script.Args(model=config, tokens_per_micro_batch=most, micro_batch_size=8, **lengths, **more)
+        run = plan.describe_run(stage, script, args, plan.PlanArgs(gpu_gb=0))
+        columns = max(rows.input_ids.numel() for rows in plan.training_rows(run, 8))
+        assert columns > 200 if most == 0 else 0.8 * most <= columns <= 1.25 * most  # padding is on top

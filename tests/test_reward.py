@@ -211,7 +211,7 @@ def test_shared_rows_score_like_padded_rows(loaded, data):
         ]
     torch.testing.assert_close(scores[0], scores[2], rtol=0, atol=1e-5)
     torch.testing.assert_close(scores[1], scores[2], rtol=0, atol=1e-5)
-    one_by_one = reward.score_all(model, head, groups, 1, tokenizer.pad_token_id)
+    one_by_one = reward.score_all(model, head, groups, reward.Args(micro_batch_size=1), tokenizer.pad_token_id)
     torch.testing.assert_close(torch.tensor(sum(one_by_one, [])), scores[1], rtol=0, atol=1e-5)
 
 
@@ -222,7 +222,7 @@ def test_the_score_is_read_off_the_end_token(loaded):
     assert all(response[-1] in stop_ids for response in responses)
     with reward.role(model, "reward"):
         states = model.get_base_model().model(torch.tensor([prompt + responses[0]])).last_hidden_state
-    ((score, _),) = reward.score_all(model, head, [example["group"]], 1, tokenizer.pad_token_id)
+    ((score, _),) = reward.score_all(model, head, [example["group"]], reward.Args(), tokenizer.pad_token_id)
     assert score == pytest.approx((states[0, -1] @ head.weight[0]).item(), abs=1e-5)
 
 
@@ -248,12 +248,14 @@ def test_recomputing_activations_changes_nothing(run, monkeypatch):
 @pytest.mark.parametrize("loss", ["bradley_terry", "plackett_luce"])
 def test_micro_batches_do_not_change_the_gradient(run, data, monkeypatch, loss):
     settings = {"dataset": str(data / "ranks.jsonl"), "loss": loss, "center_coef": 0.1, "batch_size": 8}
-    results = [gradients_of(run, monkeypatch, micro_batch_size=size, **settings) for size in (1, 8)]
-    for one, eight in zip(results[0][0], results[1][0], strict=True):
-        torch.testing.assert_close(one, eight, rtol=1e-4, atol=1e-6)
-    assert any(g.abs().max() > 1e-3 for g in results[0][0])
-    for key in ("loss", "accuracy", "margin", "length_correlation"):
-        assert results[0][1][key] == pytest.approx(results[1][1][key], rel=1e-5)
+    cuts = [{"micro_batch_size": 8}, {"micro_batch_size": 1}, {"micro_batch_size": 8, "tokens_per_micro_batch": 60}]
+    whole, *others = [gradients_of(run, monkeypatch, **cut, **settings) for cut in cuts]
+    assert any(g.abs().max() > 1e-3 for g in whole[0])
+    for gradients, metrics in others:
+        for cut, eight in zip(gradients, whole[0], strict=True):
+            torch.testing.assert_close(cut, eight, rtol=1e-4, atol=1e-6)
+        for key in ("loss", "accuracy", "margin", "length_correlation"):
+            assert metrics[key] == pytest.approx(whole[1][key], rel=1e-5)
 
 
 def test_a_ranking_has_the_mean_gradient_of_its_pairs(run, data, tmp_path, monkeypatch):

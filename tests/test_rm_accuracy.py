@@ -357,7 +357,7 @@ def test_default_equals_reward_py(tmp_path: Path, capsys: pytest.CaptureFixture[
     examples = reward.encode_rows(
         Args.dataset, "train", columns, lambda row: reward.encode_preference(row, tokenizer, stop_ids, args)
     )
-    theirs = reward.scored_pairs(model, head, examples[:60], mean, 8, tokenizer.pad_token_id)
+    theirs = reward.scored_pairs(model, head, examples[:60], mean, reward.Args(), tokenizer.pad_token_id)
     ours = read_jsonl(tmp_path / "out_pairs.jsonl")
     assert len(ours) == 500 and [list(row) for row in ours[:60]] == [list(row) for row in theirs]
     ours = ours[:60]

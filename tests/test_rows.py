@@ -310,6 +310,30 @@ def test_unknown_attention_takes_padded_rows() -> None:
         assert ppo.row_width([group], SimpleNamespace(model_type=model_type, hidden_size=128)) == width
 
 
+def test_a_micro_batch_ends_with_its_number_or_with_its_tokens() -> None:
+    """Whichever comes first, in the given order; what alone has more tokens gets a pass of its own; 0 is no bound."""
+    tokens = [4, 5, 1, 9, 2, 2, 2]
+
+    def cut(size: int, most: int) -> list[list[int]]:
+        args = ppo.Args(micro_batch_size=size, tokens_per_micro_batch=most)
+        return ppo.micro_batches([1, 0, 2, 3, 4, 5, 6], tokens, args)
+
+    assert cut(3, 0) == [[1, 0, 2], [3, 4, 5], [6]]
+    assert cut(9, 10) == [[1, 0, 2], [3], [4, 5, 6]]  # 5 + 4 + 1 are 10, 9 + 2 more
+    assert cut(2, 10) == [[1, 0], [2, 3], [4, 5], [6]]
+    assert cut(9, 8) == [[1], [0, 2], [3], [4, 5, 6]]
+    assert cut(9, 1) == [[1], [0], [2], [3], [4], [5], [6]]
+
+
+def test_no_pass_of_a_rollout_has_more_columns_than_tokens_allowed() -> None:
+    """What --tokens_per_micro_batch promises of memory: rows that share prompts take less, not more."""
+    config = make_model("llama").config
+    groups = [([5] * (3 + 7 * g), [[6] * n for n in (20, 3, 11, 1)]) for g in range(4)]
+    (batches,) = ppo.lay_out_rollout(groups, 1, ppo.Args(tokens_per_micro_batch=100), config, EOS, CPU)
+    columns = [rows.input_ids.numel() for _, rows in batches]
+    assert len(batches) > 2 and max(columns) <= 100 and sum(len(numbers) for numbers, _ in batches) == 16
+
+
 @pytest.mark.parametrize("micro", [1, 2, 4, 8, 64])
 def test_a_rollout_in_micro_batches_holds_every_response_once(micro: int) -> None:
     """Traps 15 and 23: ids are the sampled ones, numbers a permutation, T the same everywhere, results too."""
@@ -318,7 +342,7 @@ def test_a_rollout_in_micro_batches_holds_every_response_once(micro: int) -> Non
         ([rng.randrange(VOCAB) for _ in range(rng.randint(1, 9))], [[rng.randrange(VOCAB)] * n for n in (1, 5, 2, 3)])
         for _ in range(5)
     ]
-    minibatches = ppo.lay_out_rollout(groups, 3, micro, model.config, EOS, CPU)
+    minibatches = ppo.lay_out_rollout(groups, 3, ppo.Args(micro_batch_size=micro), model.config, EOS, CPU)
     members = [sorted(i for numbers, _ in part for i in numbers) for part in minibatches]
     assert members == [list(range(7)), list(range(7, 14)), list(range(14, 20))], "whatever the micro-batch size"
     batches = [batch for part in minibatches for batch in part]
@@ -374,7 +398,7 @@ def test_packed_rows_equal_unpacked_rows(family: str, micro: int) -> None:
     def run(packing: bool) -> tuple[list[tuple[tuple[int, ...], list[float]]], list[Tensor], int]:
         model.zero_grad()
         found, columns = [], 0
-        for rows in sft.pack_examples(examples, packing, micro, EOS, CPU):
+        for rows in sft.pack_examples(examples, sft.Args(packing=packing, micro_batch_size=micro), EOS, CPU):
             logprobs, _ = sft.response_logprobs(model, rows)
             logprobs.sum().backward()
             columns += rows.input_ids.numel()
@@ -403,9 +427,11 @@ def test_packed_rows_are_no_longer_than_the_longest_example() -> None:
     """Packing fills rows, it makes none longer; every example is in one row, once."""
     examples = make_examples(1, 30)
     longest = max(len(e["ids"]) for e in examples)
-    rows = list(sft.pack_examples(examples, True, 4, PAD, CPU))
+    rows = list(sft.pack_examples(examples, sft.Args(micro_batch_size=4), PAD, CPU))
     assert all(r.input_ids.shape[1] <= longest and len(r.input_ids) <= 4 for r in rows)
     assert sum(int((r.group > 0).sum()) for r in rows) == sum(len(e["ids"]) for e in examples)
     assert sum(int(r.mask.sum()) for r in rows) == sum(sum(e["mask"]) for e in examples)
     filled = sum(int((r.group > 0).sum()) for r in rows) / sum(r.group.numel() for r in rows)
     assert filled > 0.9
+    few = [r.input_ids.numel() for r in sft.pack_examples(examples, sft.Args(tokens_per_micro_batch=30), PAD, CPU)]
+    assert max(few) <= 30 and len(few) > len(rows)

@@ -184,27 +184,29 @@ def assert_same_gradients(ours: list[list[Tensor]], theirs: list[list[Tensor]], 
         assert max((x - y).abs().max().item() for x, y in zip(a, b, strict=True)) <= 1e-5 * max(scale, 1e-3)
 
 
-@pytest.mark.parametrize("micro", [1, 3, 4])
+@pytest.mark.parametrize(("micro", "tokens"), [(1, 0), (3, 0), (4, 0), (8, 50)])
 @pytest.mark.parametrize("minibatches", [1, 2])
 def test_ppo_micro_batches_do_not_change_the_gradient(
-    micro: int, minibatches: int, run_ppo: Run, first_gradients: Any
+    micro: int, tokens: int, minibatches: int, run_ppo: Run, first_gradients: Any
 ) -> None:
     """Trap 23: responses of unequal lengths, 1 x 8 against 8 x 1: policy's and critic's gradient, metrics to 1e-5."""
     flags = {"minibatches": minibatches, "ppo_epochs": 1, "max_grad_norm": 1e9}
     whole, rows = first_gradients(ppo, run_ppo, micro_batch_size=8 // minibatches, **flags)
-    cut, cut_rows = first_gradients(ppo, run_ppo, micro_batch_size=micro, **flags)
+    cut, cut_rows = first_gradients(ppo, run_ppo, micro_batch_size=micro, tokens_per_micro_batch=tokens, **flags)
     assert_same_gradients(cut, whole, 2)
     if minibatches == 1:
         assert cut_rows[0] == pytest.approx(rows[0], rel=1e-4, abs=1e-5)
 
 
-@pytest.mark.parametrize(("micro", "packing"), [(1, True), (8, False), (3, False)])
+@pytest.mark.parametrize(("micro", "tokens", "packing"), [(1, 0, True), (8, 0, False), (3, 0, False), (8, 60, True)])
 def test_sft_micro_batches_do_not_change_the_gradient(
-    micro: int, packing: bool, run_sft: Run, first_gradients: Any
+    micro: int, tokens: int, packing: bool, run_sft: Run, first_gradients: Any
 ) -> None:
     """Traps 14 and 23: examples of unequal lengths, cut up and packed in any way: the same gradient and loss."""
     whole, rows = first_gradients(sft, run_sft, micro_batch_size=8)
-    cut, cut_rows = first_gradients(sft, run_sft, micro_batch_size=micro, packing=packing)
+    cut, cut_rows = first_gradients(
+        sft, run_sft, micro_batch_size=micro, tokens_per_micro_batch=tokens, packing=packing
+    )
     assert_same_gradients(cut, whole, 1)
     assert cut_rows[0] == pytest.approx(rows[0], rel=1e-4, abs=1e-5)
 

@@ -206,6 +206,8 @@ def settle_flags(script: ModuleType, stage: str, flags: Any) -> None:
     for name in ("batch_size", "micro_batch_size", "sample_batch_size", "samples_per_prompt", "minibatches"):
         if getattr(flags, name, 1) < 1:
             raise UserError(f"--{name} {getattr(flags, name)}: must be above 0")
+    if flags.tokens_per_micro_batch < 0:
+        raise UserError(f"--tokens_per_micro_batch {flags.tokens_per_micro_batch}: must not be below 0")
     if flags.lora_r == 0 and (stage != "sft" or flags.quant == "nf4"):
         raise UserError("--lora_r 0 trains all weights: in sft.py only, and not with --quant nf4")
     sampling = stage in ("ppo", "grpo") or getattr(flags, "online", False)
@@ -430,23 +432,36 @@ def tokens(n: int) -> list[int]:
     return [0] * n
 
 
+def largest_groups(run: Run, micro_batch_size: int, prompt: int, response: int, copies: int = 1) -> list[Any]:
+    """As many groups as a micro-batch takes; a shorter one fills up what --tokens_per_micro_batch leaves."""
+    whole = prompt + copies * response
+    most = run.flags.tokens_per_micro_batch or micro_batch_size * whole
+    groups = [(tokens(prompt), [tokens(response)] * copies)] * max(1, min(micro_batch_size, most // whole))
+    left = most - len(groups) * whole
+    if len(groups) < micro_batch_size and left > copies:
+        y = max(1, response * left // whole)
+        groups.append((tokens(left - copies * y), [tokens(y)] * copies))
+    return groups
+
+
 def training_rows(run: Run, micro_batch_size: int) -> list[Any]:
     """The micro-batches of one step's largest pass over the data, laid out by the script itself, on the CPU."""
-    flags, script = run.flags, run.script
+    flags, script, size = run.flags, run.script, {"micro_batch_size": micro_batch_size}
     if run.stage == "sft":  # the longest example sets the length of a row; others are filled with two halves each
         full = {"ids": tokens(run.prompt + run.response), "mask": tokens(run.prompt) + [1] * run.response}
         packing = flags.packing and run.config.model_type in script.SHARED_ROW_MODELS
         half = {name: values[::2] for name, values in full.items()}
         half = {name: values[: len(full["ids"]) // 2] for name, values in half.items()}
         examples = [full] + [half] * (2 * micro_batch_size) if packing else [full] * micro_batch_size
-        return list(script.pack_examples(examples, packing, micro_batch_size, 0, CPU))
-    if run.stage in ("ppo", "grpo"):
+        return list(script.pack_examples(examples, replace(flags, packing=packing, **size), 0, CPU))
+    if run.stage in ("ppo", "grpo") and not flags.tokens_per_micro_batch:
         g = flags.samples_per_prompt
         groups = [(tokens(run.prompt), [tokens(run.response)] * g)] * (flags.batch_size // g)
         n = flags.minibatches if run.stage == "ppo" else 1
-        laid_out = script.lay_out_rollout(groups, n, micro_batch_size, run.config, 0, CPU)
+        laid_out = script.lay_out_rollout(groups, n, replace(flags, **size), run.config, 0, CPU)
         return [rows for minibatch in laid_out for _, rows in minibatch]
-    groups = [(tokens(run.prompt), [tokens(run.response)] * 2)] * micro_batch_size
+    copies = 1 if run.stage in ("ppo", "grpo") else 2
+    groups = largest_groups(run, micro_batch_size, run.prompt, run.response, copies)
     return [script.lay_out(groups, script.row_width(groups, run.config), 0, CPU)]
 
 
@@ -654,7 +669,7 @@ def training_phases(run: Run, micro_batch_size: int, checkpointing: bool) -> dic
     held = sum(map(row_bytes, batches))
     if run.stage in ("ppo", "grpo"):  # plus old and reference log-probs, values, rewards ...: ten floats a token
         held += 40 * flags.batch_size * run.response
-        groups = [(tokens(run.prompt), [tokens(run.response)])] * micro_batch_size
+        groups = largest_groups(run, micro_batch_size, run.prompt, run.response)
         alone = [run.script.lay_out(groups, 0, 0, CPU)]
         add("evaluation: log-probs", "policy", "score+grad", alone, held + row_bytes(alone[0]))
         add("scores: policy", "policy", "score+grad", batches, held)
@@ -666,11 +681,12 @@ def training_phases(run: Run, micro_batch_size: int, checkpointing: bool) -> dic
         add("evaluation", run.trained[0] if run.trained else "all", "score", batches, held)
     for who in run.trained or ("all",):
         if who == "critic" and run.stage == "dpo":  # dro's V(x)
-            groups = [(tokens(run.prompt), [tokens(1)])] * micro_batch_size
+            n = len(largest_groups(run, micro_batch_size, run.prompt, run.response, 2))
+            groups = [(tokens(run.prompt), [tokens(1)])] * n
             batches = [run.script.lay_out(groups, 0, 0, CPU)]
         add(f"update: {who}", who, "update", batches, held)
     if getattr(flags, "ptx_dataset", None):
-        groups = [(tokens(1), [tokens(run.prompt + run.response - 1)])] * micro_batch_size
+        groups = largest_groups(run, micro_batch_size, 1, run.prompt + run.response - 1)
         add("update: ptx", "policy", "update", [run.script.lay_out(groups, 0, 0, CPU)], held)
     return phases
 
