@@ -161,7 +161,9 @@ class Args:
     micro_batch_size: int = arg(
         32, "rows (reward, dpo: prompts; RL: responses) per forward pass: memory, not the result"
     )
-    tokens_per_micro_batch: int = arg(0, "and no more tokens than this, or one that alone has more; 0: no bound")
+    tokens_per_micro_batch: int = arg(
+        0, "and at most this many tokens per training pass, padding included; a longer example goes alone; 0: no bound"
+    )
     epochs: float = arg(2.5, "passes over the dataset")
     max_steps: int = arg(0, "stop after this many steps; 0: no limit; the smaller bound wins")
     # run
@@ -477,7 +479,8 @@ def encode_rl(row: dict, tokenizer: Any, max_prompt_length: int) -> list[dict]:
 def batch_indices(step: int, lengths: list[int], batch_size: int, seed: int) -> list[int]:
     """Rows of batch `step`: a new permutation each epoch, a function of (seed, step), so resuming needs no cursor.
 
-    The longest rows come first of all, so that a batch too large for the memory fails at once and not after hours.
+    The longest rows come first of all, so that a batch too large for the memory fails at once and not after hours
+    (where --tokens_per_micro_batch does not bound it anyway).
     """
     n = len(lengths)
     indices: list[int] = []
@@ -585,35 +588,37 @@ def fill_rows(lengths: list[int], width: int) -> list[list[int]]:
     return rows
 
 
-def micro_batches(order: Sequence[int], tokens: list[int], args: Any) -> list[list[int]]:
-    """The numbers in `order`, i with tokens[i], cut for one pass each: --micro_batch_size, or fewer where they would
-    have more than --tokens_per_micro_batch tokens."""
+def micro_batches(order: Sequence[int], columns: Callable[[list[int]], int], args: Any) -> list[list[int]]:
+    """`order` cut for one pass each: --micro_batch_size numbers, or fewer, whose rows have --tokens_per_micro_batch."""
     batches: list[list[int]] = []
-    room, most = 0.0, args.tokens_per_micro_batch or math.inf
     for i in order:
-        room -= tokens[i]
-        if not batches or room < 0 or len(batches[-1]) == args.micro_batch_size:
+        full = not batches or len(batches[-1]) == args.micro_batch_size
+        if full or 0 < args.tokens_per_micro_batch < columns([*batches[-1], i]):
             batches.append([])
-            room = most - tokens[i]
         batches[-1].append(i)
     return batches
 
 
-def row_width(groups: list[Group], config: Any) -> int:
-    """The width of rows [prompt][y1][y2]... of one or more groups, or 0: a padded row per response is less work.
+def cheapest_rows(groups: list[Group], config: Any) -> tuple[int, int]:
+    """(width, columns in all) of rows [prompt][y1][y2]... of one or more groups; width 0: a padded row per response.
 
     Per layer a token costs about 24 d^2 multiplications in the matrices and 4 L d in the attention of a row of L; a row
     with several responses pays for every masked pair. Models without plain attention always take padded rows.
     """
-    if config.model_type not in SHARED_ROW_MODELS:
-        return 0
     together = [len(prompt) + sum(map(len, responses)) for prompt, responses in groups]
     apart = [len(prompt) + len(y) for prompt, responses in groups for y in responses]
-    layouts = [(0, len(apart), max(apart))]  # width asked for, rows, and columns that they come to
-    for width in (max(together) * sixteenths // 16 for sixteenths in range(16, 33)):
+    layouts = [(0, len(apart), max(apart))]  # width asked for, rows, and columns that each comes to
+    shared = config.model_type in SHARED_ROW_MODELS
+    for width in (max(together) * sixteenths // 16 for sixteenths in range(16, 33) if shared):
         rows = fill_rows(together, width)
         layouts.append((width, len(rows), max(sum(together[g] for g in row) for row in rows)))
-    return min(layouts, key=lambda rows: rows[1] * rows[2] * (24 * config.hidden_size + 4 * rows[2]))[0]
+    asked, n, width = min(layouts, key=lambda rows: rows[1] * rows[2] * (24 * config.hidden_size + 4 * rows[2]))
+    return asked, n * width
+
+
+def row_width(groups: list[Group], config: Any) -> int:
+    """The width of the cheapest rows."""
+    return cheapest_rows(groups, config)[0]
 
 
 def lay_out(groups: list[Group], row_columns: int, pad_id: int, device: Any, n_tokens: int = 0) -> Rows:
@@ -656,15 +661,18 @@ def lay_out_rollout(
     owners = [g for g, (_, responses) in enumerate(groups) for _ in responses]
     ids = [y for _, responses in groups for y in responses]
     longest = [len(prompt) + max(map(len, responses)) for prompt, responses in groups]
-    tokens = [len(groups[g][0]) + len(y) for g, y in zip(owners, ids, strict=True)]  # of a row each: the most
     n_tokens = max(map(len, ids))
+
+    def grouped(numbers: list[int]) -> list[Group]:
+        same_prompt = itertools.groupby(numbers, key=lambda i: owners[i])
+        return [(groups[g][0], [ids[i] for i in members]) for g, members in same_prompt]
+
     minibatches: list[list[Micro]] = []
     for part in np.array_split(np.arange(len(ids)), n_minibatches):
         order = sorted(part.tolist(), key=lambda i: longest[owners[i]])  # similar lengths: little padding
         minibatches.append([])
-        for numbers in micro_batches(order, tokens, args):
-            same_prompt = itertools.groupby(numbers, key=lambda i: owners[i])
-            some = [(groups[g][0], [ids[i] for i in members]) for g, members in same_prompt]
+        for numbers in micro_batches(order, lambda some: cheapest_rows(grouped(some), config)[1], args):
+            some = grouped(numbers)
             rows = lay_out(some, row_width(some, config), pad_id, device, n_tokens)
             minibatches[-1].append((numbers, rows))
     return minibatches
@@ -1358,7 +1366,9 @@ def score_responses(rollout: Rollout, reward: RewardModel | Callable, args: Any)
                 groups.append((encode_prompt(reward.tokenizer, p["prompt"]), [answer]))
             except BadRow as bad:
                 raise UserError(f"the reward model's template can't take {p['prompt']!r:.60}: {bad.args[1]}") from bad
-        micros = micro_batches(range(len(groups)), [len(prompt) + len(y) for prompt, (y,) in groups], args)
+        lengths = [len(prompt) + len(y) for prompt, (y,) in groups]
+        order = sorted(range(len(groups)), key=lambda i: lengths[i])
+        micros = micro_batches(order, lambda some: len(some) * max(lengths[i] for i in some), args)
         batches = [(numbers, lay_out([groups[i] for i in numbers], 0, pad_id, device)) for numbers in micros]
     scores = torch.zeros(len(rollout.responses), device=device)
     has_adapter = hasattr(reward.model, "peft_config")
@@ -1406,7 +1416,8 @@ def open_run(args: Any, stage: str, accelerator: Accelerator) -> tuple[Path, dic
         raise UserError(f"--resume: {folder} is no run folder (args.json is missing); check --output_dir")
     if args.resume:
         recorded = json.loads((folder / "args.json").read_text())
-        changed = {k: v for k, v in asdict(args).items() if k not in ("resume", "report_to") and recorded.get(k) != v}
+        free = ("resume", "report_to", "micro_batch_size", "tokens_per_micro_batch", "sample_batch_size")  # memory only
+        changed = {k: v for k, v in asdict(args).items() if k not in free and recorded.get(k) != v}
         if changed:
             flags = ", ".join(f"--{k} {v} (was {recorded.get(k)})" for k, v in changed.items())
             raise UserError(f"--resume: {folder} was started with other settings: {flags}")
@@ -1656,7 +1667,7 @@ def ptx_backward(
     n_tokens = sum(len(ids) - 1 for ids in windows)
     mine = windows[accelerator.process_index :: accelerator.num_processes]
     with role(model, "policy", grad=True):
-        for numbers in micro_batches(range(len(mine)), [len(ids) for ids in mine], args):
+        for numbers in micro_batches(range(len(mine)), lambda some: len(some) * max(len(mine[i]) for i in some), args):
             groups = [(mine[i][:1], [mine[i][1:]]) for i in numbers]
             logprobs = response_logprobs(model, lay_out(groups, 0, pad_id, model.device))[0]
             (-args.ptx_coef * logprobs.sum() / n_tokens).backward()

@@ -119,7 +119,9 @@ class Args:
     micro_batch_size: int = arg(
         8, "rows (reward, dpo: prompts; RL: responses) per forward pass: memory, not the result"
     )
-    tokens_per_micro_batch: int = arg(0, "and no more tokens than this, or one that alone has more; 0: no bound")
+    tokens_per_micro_batch: int = arg(
+        0, "and at most this many tokens per training pass, padding included; a longer example goes alone; 0: no bound"
+    )
     epochs: float = arg(1.0, "passes over the dataset")
     max_steps: int = arg(0, "stop after this many steps; 0: no limit; the smaller bound wins")
     # run
@@ -376,7 +378,8 @@ def encode_response(tokenizer: Any, prompt: str | list[dict], response: str, sto
 def batch_indices(step: int, lengths: list[int], batch_size: int, seed: int) -> list[int]:
     """Rows of batch `step`: a new permutation each epoch, a function of (seed, step), so resuming needs no cursor.
 
-    The longest rows come first of all, so that a batch too large for the memory fails at once and not after hours.
+    The longest rows come first of all, so that a batch too large for the memory fails at once and not after hours
+    (where --tokens_per_micro_batch does not bound it anyway).
     """
     n = len(lengths)
     indices: list[int] = []
@@ -484,35 +487,37 @@ def fill_rows(lengths: list[int], width: int) -> list[list[int]]:
     return rows
 
 
-def micro_batches(order: Sequence[int], tokens: list[int], args: Any) -> list[list[int]]:
-    """The numbers in `order`, i with tokens[i], cut for one pass each: --micro_batch_size, or fewer where they would
-    have more than --tokens_per_micro_batch tokens."""
+def micro_batches(order: Sequence[int], columns: Callable[[list[int]], int], args: Any) -> list[list[int]]:
+    """`order` cut for one pass each: --micro_batch_size numbers, or fewer, whose rows have --tokens_per_micro_batch."""
     batches: list[list[int]] = []
-    room, most = 0.0, args.tokens_per_micro_batch or math.inf
     for i in order:
-        room -= tokens[i]
-        if not batches or room < 0 or len(batches[-1]) == args.micro_batch_size:
+        full = not batches or len(batches[-1]) == args.micro_batch_size
+        if full or 0 < args.tokens_per_micro_batch < columns([*batches[-1], i]):
             batches.append([])
-            room = most - tokens[i]
         batches[-1].append(i)
     return batches
 
 
-def row_width(groups: list[Group], config: Any) -> int:
-    """The width of rows [prompt][y1][y2]... of one or more groups, or 0: a padded row per response is less work.
+def cheapest_rows(groups: list[Group], config: Any) -> tuple[int, int]:
+    """(width, columns in all) of rows [prompt][y1][y2]... of one or more groups; width 0: a padded row per response.
 
     Per layer a token costs about 24 d^2 multiplications in the matrices and 4 L d in the attention of a row of L; a row
     with several responses pays for every masked pair. Models without plain attention always take padded rows.
     """
-    if config.model_type not in SHARED_ROW_MODELS:
-        return 0
     together = [len(prompt) + sum(map(len, responses)) for prompt, responses in groups]
     apart = [len(prompt) + len(y) for prompt, responses in groups for y in responses]
-    layouts = [(0, len(apart), max(apart))]  # width asked for, rows, and columns that they come to
-    for width in (max(together) * sixteenths // 16 for sixteenths in range(16, 33)):
+    layouts = [(0, len(apart), max(apart))]  # width asked for, rows, and columns that each comes to
+    shared = config.model_type in SHARED_ROW_MODELS
+    for width in (max(together) * sixteenths // 16 for sixteenths in range(16, 33) if shared):
         rows = fill_rows(together, width)
         layouts.append((width, len(rows), max(sum(together[g] for g in row) for row in rows)))
-    return min(layouts, key=lambda rows: rows[1] * rows[2] * (24 * config.hidden_size + 4 * rows[2]))[0]
+    asked, n, width = min(layouts, key=lambda rows: rows[1] * rows[2] * (24 * config.hidden_size + 4 * rows[2]))
+    return asked, n * width
+
+
+def row_width(groups: list[Group], config: Any) -> int:
+    """The width of the cheapest rows."""
+    return cheapest_rows(groups, config)[0]
 
 
 def lay_out(groups: list[Group], row_columns: int, pad_id: int, device: Any, n_tokens: int = 0) -> Rows:
@@ -635,6 +640,12 @@ def compare(examples: list[dict], length_sd: float, device: Any) -> Comparisons:
 def group_tokens(group: Group) -> int:
     """Tokens of a prompt and the responses to it."""
     return len(group[0]) + sum(map(len, group[1]))
+
+
+def group_batches(groups: list[Group], config: Any, args: Any) -> list[list[int]]:
+    """Numbers of the groups for each pass, those of like length together: little padding."""
+    order = sorted(range(len(groups)), key=lambda g: group_tokens(groups[g]))
+    return micro_batches(order, lambda some: cheapest_rows([groups[g] for g in some], config)[1], args)
 
 
 # ----------------------------------------------------------------------------------------------------------- model
@@ -921,7 +932,8 @@ def open_run(args: Any, stage: str, accelerator: Accelerator) -> tuple[Path, dic
         raise UserError(f"--resume: {folder} is no run folder (args.json is missing); check --output_dir")
     if args.resume:
         recorded = json.loads((folder / "args.json").read_text())
-        changed = {k: v for k, v in asdict(args).items() if k not in ("resume", "report_to") and recorded.get(k) != v}
+        free = ("resume", "report_to", "micro_batch_size", "tokens_per_micro_batch", "sample_batch_size")  # memory only
+        changed = {k: v for k, v in asdict(args).items() if k not in free and recorded.get(k) != v}
         if changed:
             flags = ", ".join(f"--{k} {v} (was {recorded.get(k)})" for k, v in changed.items())
             raise UserError(f"--resume: {folder} was started with other settings: {flags}")
@@ -1075,11 +1087,9 @@ def global_sums(accelerator: Accelerator, *values: float) -> list[float]:
 # ------------------------------------------------------------------------------------------------------ evaluation
 def score_all(model: Any, head: nn.Linear, groups: list[Group], args: Any, pad_id: int) -> list[list[float]]:
     """Raw scores of each group's responses in micro-batches, groups of like length together."""
-    tokens = [group_tokens(group) for group in groups]
-    order = sorted(range(len(groups)), key=lambda g: tokens[g])
     scores: list[list[float]] = [[] for _ in groups]
     with role(model, "reward"):
-        for part in micro_batches(order, tokens, args):
+        for part in group_batches(groups, model.config, args):
             values = iter(score_groups(model, head, [groups[g] for g in part], pad_id)[0].tolist())
             for g in part:
                 scores[g] = [next(values) for _ in groups[g][1]]
@@ -1206,12 +1216,11 @@ def main(args: Args) -> None:
         start = time.time()
         batch = [examples[i] for i in batch_indices(step, lengths, args.batch_size, args.seed)]
         mine = batch[accelerator.process_index :: accelerator.num_processes]
-        mine = sorted(mine, key=lambda e: group_tokens(e["group"]))  # like with like: less padding
 
         # 3.1 Gradient of the mean over the batch's prompts, summed up over micro-batches
         sums = np.zeros(8)  # loss, five of pair_sums, micro-batches, those with shared rows
         with role(model, "reward", grad=True):
-            for numbers in micro_batches(range(len(mine)), [group_tokens(e["group"]) for e in mine], args):
+            for numbers in group_batches([e["group"] for e in mine], model.config, args):
                 micro = [mine[i] for i in numbers]
                 pairs = compare(micro, length_sd, device)
                 scores, shared = score_groups(model, head, [e["group"] for e in micro], pad_id)

@@ -118,7 +118,9 @@ class Args:
     micro_batch_size: int = arg(
         8, "rows (reward, dpo: prompts; RL: responses) per forward pass: memory, not the result"
     )
-    tokens_per_micro_batch: int = arg(0, "and no more tokens than this, or one that alone has more; 0: no bound")
+    tokens_per_micro_batch: int = arg(
+        0, "and at most this many tokens per training pass, padding included; a longer example goes alone; 0: no bound"
+    )
     epochs: float = arg(3.0, "passes over the dataset")
     max_steps: int = arg(0, "stop after this many steps; 0: no limit; the smaller bound wins")
     # run
@@ -381,7 +383,8 @@ def encode_sft(row: dict, tokenizer: Any, stop_ids: list[int], args: Args) -> li
 def batch_indices(step: int, lengths: list[int], batch_size: int, seed: int) -> list[int]:
     """Rows of batch `step`: a new permutation each epoch, a function of (seed, step), so resuming needs no cursor.
 
-    The longest rows come first of all, so that a batch too large for the memory fails at once and not after hours.
+    The longest rows come first of all, so that a batch too large for the memory fails at once and not after hours
+    (where --tokens_per_micro_batch does not bound it anyway).
     """
     n = len(lengths)
     indices: list[int] = []
@@ -486,16 +489,13 @@ def fill_rows(lengths: list[int], width: int) -> list[list[int]]:
     return rows
 
 
-def micro_batches(order: Sequence[int], tokens: list[int], args: Any) -> list[list[int]]:
-    """The numbers in `order`, i with tokens[i], cut for one pass each: --micro_batch_size, or fewer where they would
-    have more than --tokens_per_micro_batch tokens."""
+def micro_batches(order: Sequence[int], columns: Callable[[list[int]], int], args: Any) -> list[list[int]]:
+    """`order` cut for one pass each: --micro_batch_size numbers, or fewer, whose rows have --tokens_per_micro_batch."""
     batches: list[list[int]] = []
-    room, most = 0.0, args.tokens_per_micro_batch or math.inf
     for i in order:
-        room -= tokens[i]
-        if not batches or room < 0 or len(batches[-1]) == args.micro_batch_size:
+        full = not batches or len(batches[-1]) == args.micro_batch_size
+        if full or 0 < args.tokens_per_micro_batch < columns([*batches[-1], i]):
             batches.append([])
-            room = most - tokens[i]
         batches[-1].append(i)
     return batches
 
@@ -505,8 +505,8 @@ def pack_examples(examples: list[dict], args: Any, pad_id: int, device: Any) -> 
     examples = sorted(examples, key=lambda e: -len(e["ids"]))
     lengths = [len(e["ids"]) for e in examples]
     filled = fill_rows(lengths, lengths[0] if args.packing else 0)  # little padding, no row longer than needed
-    tokens = [lengths[0] if args.packing else lengths[row[0]] for row in filled]
-    for micro in micro_batches(range(len(filled)), tokens, args):
+    widths = [sum(lengths[i] for i in row) for row in filled]
+    for micro in micro_batches(range(len(filled)), lambda some: len(some) * max(widths[k] for k in some), args):
         rows: list[list[Part]] = []
         spots: list[list[Spot]] = []
         for r, row in enumerate([examples[i] for i in filled[k]] for k in micro):
@@ -819,7 +819,8 @@ def open_run(args: Any, stage: str, accelerator: Accelerator) -> tuple[Path, dic
         raise UserError(f"--resume: {folder} is no run folder (args.json is missing); check --output_dir")
     if args.resume:
         recorded = json.loads((folder / "args.json").read_text())
-        changed = {k: v for k, v in asdict(args).items() if k not in ("resume", "report_to") and recorded.get(k) != v}
+        free = ("resume", "report_to", "micro_batch_size", "tokens_per_micro_batch", "sample_batch_size")  # memory only
+        changed = {k: v for k, v in asdict(args).items() if k not in free and recorded.get(k) != v}
         if changed:
             flags = ", ".join(f"--{k} {v} (was {recorded.get(k)})" for k, v in changed.items())
             raise UserError(f"--resume: {folder} was started with other settings: {flags}")

@@ -10,9 +10,7 @@
 
 The work: hh-rlhf dialogues on a Llama of 30 M parameters with random weights, LoRA r=16 on all linear layers (B not 0,
 so that policy and reference differ), fp32, the same rows in the same batches, the same number of optimizer steps, no
-gradient checkpointing on either side. A pass takes 8 examples of TRL's; ours, where the data have responses, as many as
-have 1536 tokens, about what 8 of these pairs have, so that the longest need no more memory than others; TRL has no such
-bound. An end token comes about once in 50 tokens, so responses have natural lengths.
+gradient checkpointing on either side. An end token comes about once in 50 tokens, so responses have natural lengths.
 
 What is measured, in the steps after the first, which warms up, and without ours' evaluation; memory and multiplications
 in the first step of another turn, whose seconds do not count, because counting slows it and what comes after it:
@@ -86,9 +84,10 @@ class Args:
     tokenizer: str = arg(str(SHARED / "tokenizers" / "phi3-mini"), "tokenizer: hub id or local path")
     hidden_size: int = arg(384, "of the Llama")
     layers: int = arg(10, "of the Llama")
+    key_value_heads: int = arg(0, "of the Llama, whose query heads have 64 dimensions; 0: as many as those")
     batch_size: int = arg(0, "examples per step; 0: the stage's own")
-    micro_batch_size: int = arg(8, "examples per forward pass: TRL's, and in grpo, rloo and ppo ours'")
-    tokens_per_micro_batch: int = arg(1536, "most tokens of ours' passes in sft, reward, kwise and dpo, of any number")
+    micro_batch_size: int = arg(8, "examples per forward pass, on both sides")
+    tokens_per_micro_batch: int = arg(0, "bound ours' passes by tokens, not by --micro_batch_size (sft to dpo); 0: no")
     steps: int = arg(0, "measured steps per turn; 0: as many as take less than ten minutes")
     turns: int = arg(0, "timed turns of each side; 0: as many as take less than ten minutes")
     samples_per_prompt: int = arg(8, "G of grpo, rloo and ppo")
@@ -106,7 +105,7 @@ class Args:
 
 # RL: so small that neither side's updates move the lengths of responses, and with them the work; the others as usual
 LEARNING_RATES = {"grpo": 1e-8, "rloo": 1e-8, "ppo": 1e-8}
-SIZES = {"sft": 32, "reward": 16, "kwise": 4, "dpo": 16, "grpo": 64, "rloo": 64, "ppo": 16}  # examples per step
+SIZES = {"sft": 32, "reward": 16, "kwise": 4, "dpo": 16, "grpo": 32, "rloo": 32, "ppo": 16}  # examples per step
 
 STEPS = {"sft": 3, "reward": 6, "kwise": 1, "dpo": 2, "grpo": 1, "rloo": 1, "ppo": 1}  # measured per turn
 TURNS = {"ppo": 1}  # of each side; 2 in the others
@@ -154,10 +153,11 @@ def make_model(args: Args, folder: Path, tokenizer: Any, prompts: list[list[dict
 
     torch.manual_seed(0)
     d, vocabulary = args.hidden_size, len(tokenizer)
+    heads = max(1, d // 64)
     config = LlamaConfig(
         vocab_size=vocabulary, hidden_size=d, intermediate_size=-(-8 * d // 3 // 64) * 64,
         num_hidden_layers=args.layers,
-        num_attention_heads=max(1, d // 64), num_key_value_heads=max(1, d // 64), max_position_embeddings=2048,
+        num_attention_heads=heads, num_key_value_heads=args.key_value_heads or heads, max_position_embeddings=2048,
         tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
@@ -463,13 +463,13 @@ def run_ours(args: Args, folder: Path) -> dict:
         shutil.rmtree(folder / "cache", ignore_errors=True)  # every turn computes the reference
         script.cached_logprobs = timed(script.cached_logprobs, extra)
     if args.stage in DATA_STAGES:
-        bound = {"micro_batch_size": args.batch_size, "tokens_per_micro_batch": args.tokens_per_micro_batch}
-        settings[args.stage] |= {"max_response_length": 1024, **bound}
+        settings[args.stage] |= {"max_response_length": 1024, "tokens_per_micro_batch": args.tokens_per_micro_batch}
+    n_micro = args.batch_size if args.stage in DATA_STAGES and args.tokens_per_micro_batch else args.micro_batch_size
     flags = {
         "model": str(folder / "start"), "dataset": str(folder / "train.jsonl"), "output_dir": str(folder / "run"),
         "max_prompt_length": 1024,
         "eval_dataset": str(folder / "heldout.jsonl"), "batch_size": args.batch_size,
-        "micro_batch_size": args.micro_batch_size, "max_steps": n_steps, "epochs": 9.0,
+        "micro_batch_size": n_micro, "max_steps": n_steps, "epochs": 9.0,
         "learning_rate": args.learning_rate,
         "warmup_ratio": 0.0, "gradient_checkpointing": False,
     }  # fmt: skip

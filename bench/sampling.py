@@ -9,6 +9,7 @@
 
     ours         prompts once, responses side by side in shared rows, rows leave and are refilled
     half         ours with room for half of the responses: the others wait and take the places of those that ended
+    copied       ours, but keys and values copied for every query head, as transformers does (see --key_value_heads)
     generate     transformers' generate on all responses, the cache repeated, no row leaves
     static       generate with a static cache; compiled where transformers compiles by itself (not on a CPU)
     continuous   generate_batch: transformers' continuous batching with a paged cache
@@ -17,6 +18,7 @@ The same prompts, model, adapter, temperature 1, end token and longest length; e
 what counts is seconds and seconds per token. Turns are A B C ... A B C ... in one process.
 """
 
+import contextlib
 import json
 import statistics
 import sys
@@ -25,13 +27,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from run import ROOT, SHARED, UserError, arg, prepare, run_cli
 from run import Args as RunArgs
 from transformers import AutoTokenizer, GenerationConfig
 
-NAMES = ("ours", "half", "generate", "static", "continuous")
+NAMES = ("ours", "half", "copied", "generate", "static", "continuous")
 
 
 @dataclass
@@ -42,6 +45,7 @@ class Args:
     turns: int = arg(2, "turns of each, after a shorter one that warms up")
     hidden_size: int = arg(384, "of the Llama")
     layers: int = arg(10, "of the Llama")
+    key_value_heads: int = arg(0, "of the Llama; 0: as many as of queries")
     threads: int = arg(0, "torch threads; 0: torch's choice")
     pairs: str = arg(str(SHARED / "data" / "hh_rlhf"), "folder of .jsonl files with chosen and rejected dialogues")
     tokenizer: str = arg(str(SHARED / "tokenizers" / "phi3-mini"), "tokenizer: hub id or local path")
@@ -66,6 +70,10 @@ def make_samplers(folder: Path, prompts: list[list[int]], eos: int, pad: int) ->
         names, key = list(range(len(prompts))), (0, 0, turn)
         responses, _ = grpo.sample(model, prompts, names, 8, longest, 1.0, [eos], room, key)
         return sum(map(len, responses))
+
+    def copied(turn: int, longest: int) -> int:
+        with mock.patch.object(grpo, "grouped_heads", contextlib.nullcontext):
+            return ours(turn, longest)
 
     def config(longest: int, **more: Any) -> GenerationConfig:
         return GenerationConfig(
@@ -95,6 +103,7 @@ def make_samplers(folder: Path, prompts: list[list[int]], eos: int, pad: int) ->
     samplers = {
         "ours": ours,
         "half": lambda turn, longest: ours(turn, longest, 4 * len(prompts)),
+        "copied": copied,
         "generate": generate,
         "static": lambda turn, longest: generate(turn, longest, cache_implementation="static"),
         "continuous": continuous,

@@ -185,11 +185,12 @@ def test_scaling_goes_through(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_samplers_go_through(tmp_path: Path) -> None:
     """Ours and transformers' on a small model: each draws at least one token a response and at most the longest."""
-    done = run_script("sampling", tmp_path, "--batch_size=16", "--turns=1")
+    done = run_script("sampling", tmp_path, "--batch_size=16", "--turns=1", "--hidden_size=128", "--key_value_heads=1")
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "sampling.json").read_text())
     samplers = [row for name, row in result.items() if name != "args"]
-    assert len(samplers) >= 4 and all(16 <= row["tokens"] <= 96 and row["seconds"] > 0 for row in samplers)
+    assert result["copied"]["tokens"] == result["ours"]["tokens"], "the same draws, keys copied or not"
+    assert len(samplers) >= 5 and all(16 <= row["tokens"] <= 96 and row["seconds"] > 0 for row in samplers)
     done = run_script("sampling", tmp_path, "--only", "beam")
     assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("sampling.py: --only beam")
 

@@ -450,12 +450,16 @@ def test_from_the_command_line(stage: str, model_folder: Callable[[str], Path]) 
 
 @pytest.mark.parametrize("stage", SCRIPTS)
 def test_a_bound_on_tokens_is_filled_up(stage: str, model_folder: Callable[[str], Path]) -> None:
-    """Whole examples leave room below --tokens_per_micro_batch that shorter ones may take: the plan counts it."""
+    """Whole examples leave room below --tokens_per_micro_batch that shorter ones may take: the plan counts it. A bound
+    that cannot bind changes nothing."""
     script, config = plan.load_script(stage), str(model_folder("llama") / "config.json")
     lengths = {"max_prompt_length": 40, "max_response_length": 24}
     more = {"reward_fn": "some.py:function"} if stage == "grpo" else {}
-    for most in (0, 150, 300):
+    columns = {}
+    for most in (0, 120, 170, 10**4):
         args = script.Args(model=config, tokens_per_micro_batch=most, micro_batch_size=8, **lengths, **more)
         run = plan.describe_run(stage, script, args, plan.PlanArgs(gpu_gb=0))
-        columns = max(rows.input_ids.numel() for rows in plan.training_rows(run, 8))
-        assert columns > 200 if most == 0 else 0.8 * most <= columns <= 1.25 * most  # padding is on top
+        columns[most] = max(rows.input_ids.numel() for rows in plan.training_rows(run, 8))
+        assert (f"--tokens_per_micro_batch {most}" in str(plan.asked_choice(run))) == (most > 0)
+    assert columns[0] == columns[10**4] > 200
+    assert all(0.85 * most <= columns[most] <= most for most in (120, 170))

@@ -248,8 +248,12 @@ def test_recomputing_activations_changes_nothing(run, monkeypatch):
 @pytest.mark.parametrize("loss", ["bradley_terry", "plackett_luce"])
 def test_micro_batches_do_not_change_the_gradient(run, data, monkeypatch, loss):
     settings = {"dataset": str(data / "ranks.jsonl"), "loss": loss, "center_coef": 0.1, "batch_size": 8}
-    cuts = [{"micro_batch_size": 8}, {"micro_batch_size": 1}, {"micro_batch_size": 8, "tokens_per_micro_batch": 60}]
+    cuts = [{"micro_batch_size": 8}, {"micro_batch_size": 1}, {"micro_batch_size": 8, "tokens_per_micro_batch": 150}]
+    numbers = []
+    original = reward.group_batches
+    monkeypatch.setattr(reward, "group_batches", lambda *given: numbers.append(original(*given)) or numbers[-1])
     whole, *others = [gradients_of(run, monkeypatch, **cut, **settings) for cut in cuts]
+    assert {1, 8} < {len(batches) for batches in numbers if sum(map(len, batches)) == 8}, "the bound cuts it in between"
     assert any(g.abs().max() > 1e-3 for g in whole[0])
     for gradients, metrics in others:
         for cut, eight in zip(gradients, whole[0], strict=True):

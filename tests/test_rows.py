@@ -10,6 +10,7 @@ from conftest import CPU, tiny_llama
 from torch import Tensor, nn
 
 import ppo
+import reward
 import sft
 
 VOCAB, PAD, EOS = 97, 0, 1
@@ -311,12 +312,12 @@ def test_unknown_attention_takes_padded_rows() -> None:
 
 
 def test_a_micro_batch_ends_with_its_number_or_with_its_tokens() -> None:
-    """Whichever comes first, in the given order; what alone has more tokens gets a pass of its own; 0 is no bound."""
+    """Whichever comes first, in the given order; what alone has more gets a pass of its own; 0 is no bound."""
     tokens = [4, 5, 1, 9, 2, 2, 2]
 
     def cut(size: int, most: int) -> list[list[int]]:
         args = ppo.Args(micro_batch_size=size, tokens_per_micro_batch=most)
-        return ppo.micro_batches([1, 0, 2, 3, 4, 5, 6], tokens, args)
+        return ppo.micro_batches([1, 0, 2, 3, 4, 5, 6], lambda some: sum(tokens[i] for i in some), args)
 
     assert cut(3, 0) == [[1, 0, 2], [3, 4, 5], [6]]
     assert cut(9, 10) == [[1, 0, 2], [3], [4, 5, 6]]  # 5 + 4 + 1 are 10, 9 + 2 more
@@ -325,13 +326,23 @@ def test_a_micro_batch_ends_with_its_number_or_with_its_tokens() -> None:
     assert cut(9, 1) == [[1], [0], [2], [3], [4], [5], [6]]
 
 
-def test_no_pass_of_a_rollout_has_more_columns_than_tokens_allowed() -> None:
-    """What --tokens_per_micro_batch promises of memory: rows that share prompts take less, not more."""
-    config = make_model("llama").config
-    groups = [([5] * (3 + 7 * g), [[6] * n for n in (20, 3, 11, 1)]) for g in range(4)]
-    (batches,) = ppo.lay_out_rollout(groups, 1, ppo.Args(tokens_per_micro_batch=100), config, EOS, CPU)
-    columns = [rows.input_ids.numel() for _, rows in batches]
-    assert len(batches) > 2 and max(columns) <= 100 and sum(len(numbers) for numbers, _ in batches) == 16
+@pytest.mark.parametrize("model_type", ["llama", "mamba2"])
+def test_no_pass_has_more_columns_than_tokens_allowed(model_type: str) -> None:
+    """What --tokens_per_micro_batch promises of memory holds with padding, in shared rows and in padded ones."""
+    config, rng = SimpleNamespace(model_type=model_type, hidden_size=64), random.Random(0)
+    groups = [([5] * rng.randint(1, 50), [[6] * rng.randint(1, 40) for _ in range(4)]) for _ in range(12)]
+    for most in (100, 150, 333):
+        sizes: dict[str, Any] = {"micro_batch_size": 48, "tokens_per_micro_batch": most}
+        (batches,) = ppo.lay_out_rollout(groups, 1, ppo.Args(**sizes), config, EOS, CPU)
+        assert sorted(i for numbers, _ in batches for i in numbers) == list(range(48))
+        columns = [rows.input_ids.numel() for _, rows in batches]
+        assert max(columns) <= most and sum(columns) / len(columns) > 0.6 * most, "bounded, and not one by one"
+        pairs = [(prompt, responses[:2]) for prompt, responses in groups]
+        numbers = reward.group_batches(pairs, config, reward.Args(**sizes))
+        assert sorted(sum(numbers, [])) == list(range(12)) and (len(numbers) < 12 or most < 300)
+        for some in ([pairs[i] for i in part] for part in numbers):
+            rows = reward.lay_out(some, reward.row_width(some, config), PAD, CPU)
+            assert rows.input_ids.numel() <= most or len(some) == 1
 
 
 @pytest.mark.parametrize("micro", [1, 2, 4, 8, 64])
@@ -433,5 +444,7 @@ def test_packed_rows_are_no_longer_than_the_longest_example() -> None:
     assert sum(int(r.mask.sum()) for r in rows) == sum(sum(e["mask"]) for e in examples)
     filled = sum(int((r.group > 0).sum()) for r in rows) / sum(r.group.numel() for r in rows)
     assert filled > 0.9
-    few = [r.input_ids.numel() for r in sft.pack_examples(examples, sft.Args(tokens_per_micro_batch=30), PAD, CPU)]
-    assert max(few) <= 30 and len(few) > len(rows)
+    for packing in (True, False):
+        args = sft.Args(packing=packing, micro_batch_size=30, tokens_per_micro_batch=30)
+        bounded = list(sft.pack_examples(examples, args, PAD, CPU))
+        assert max(r.input_ids.numel() for r in bounded) <= 30 and sum(len(r.mask) for r in bounded) == 30

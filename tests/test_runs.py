@@ -528,6 +528,27 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_is_used(
     assert_resumed_equals(done, resumed)
 
 
+def test_a_run_that_ran_out_of_memory_goes_on_with_less(
+    run_sft: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """--resume takes other micro-batches: the same numbers up to rounding, and smaller passes."""
+    done, seen = run_sft(output_dir=str(tmp_path / "done"), **SFT_FLAGS), []
+    with monkeypatch.context() as patch:
+        die_at(patch, sft, "log_step", 4)
+        with pytest.raises(Killed):
+            run_sft(**SFT_FLAGS)
+    original = sft.build_rows
+
+    def counted(rows: list, *rest: Any) -> Any:
+        seen.append(len(rows))
+        return original(rows, *rest)
+
+    monkeypatch.setattr(sft, "build_rows", counted)
+    folder = run_sft(resume=True, **{**SFT_FLAGS, "micro_batch_size": 1, "tokens_per_micro_batch": 64})
+    assert set(seen) == {1} and len(metrics(folder)) == len(metrics(done)) > 3
+    assert metrics(folder)[-1] == pytest.approx(metrics(done)[-1], rel=1e-4, abs=1e-6)
+
+
 def test_without_a_checkpoint_resume_begins_again(run_sft: Run, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """A run that died before its first checkpoint starts from the beginning and says so."""
     with monkeypatch.context() as patch:

@@ -432,37 +432,56 @@ def tokens(n: int) -> list[int]:
     return [0] * n
 
 
-def largest_groups(run: Run, micro_batch_size: int, prompt: int, response: int, copies: int = 1) -> list[Any]:
-    """As many groups as a micro-batch takes; a shorter one fills up what --tokens_per_micro_batch leaves."""
-    whole = prompt + copies * response
-    most = run.flags.tokens_per_micro_batch or micro_batch_size * whole
-    groups = [(tokens(prompt), [tokens(response)] * copies)] * max(1, min(micro_batch_size, most // whole))
-    left = most - len(groups) * whole
-    if len(groups) < micro_batch_size and left > copies:
-        y = max(1, response * left // whole)
-        groups.append((tokens(left - copies * y), [tokens(y)] * copies))
-    return groups
+def alone(run: Run, micro_batch_size: int, prompt: int, response: int) -> Any:
+    """A micro-batch of padded rows, one response each."""
+    size = replace(run.flags, micro_batch_size=micro_batch_size)
+    order, width = range(micro_batch_size), prompt + response
+    numbers = run.script.micro_batches(order, lambda some: len(some) * width, size)[0]
+    return run.script.lay_out([(tokens(prompt), [tokens(response)])] * len(numbers), 0, 0, CPU)
+
+
+def step_rows(run: Run, flags: Any) -> list[Any]:
+    """The micro-batches of one step's largest pass over the data, laid out by the script itself, on the CPU."""
+    script, prompt, response = run.script, tokens(run.prompt), tokens(run.response)
+    if run.stage == "sft":  # the longest example sets the length of a row; others are filled with two halves each
+        full = {"ids": prompt + response, "mask": prompt + [1] * run.response}
+        half = {name: values[::2][: len(values) // 2] for name, values in full.items()}
+        packing = flags.packing and run.config.model_type in script.SHARED_ROW_MODELS
+        examples = [full] + [half] * (2 * flags.micro_batch_size) if packing else [full] * flags.micro_batch_size
+        return list(script.pack_examples(examples, replace(flags, packing=packing), 0, CPU))
+    if run.stage in ("ppo", "grpo"):
+        groups = [(prompt, [response] * flags.samples_per_prompt)] * (flags.batch_size // flags.samples_per_prompt)
+        n = flags.minibatches if run.stage == "ppo" else 1
+        laid_out = script.lay_out_rollout(groups, n, flags, run.config, 0, CPU)
+        return [rows for minibatch in laid_out for _, rows in minibatch]
+    groups = [(prompt, [response] * 2)] * flags.micro_batch_size
+    batches = [groups[: len(numbers)] for numbers in script.group_batches(groups, run.config, flags)]
+    return [script.lay_out(some, script.row_width(some, run.config), 0, CPU) for some in batches]
+
+
+def filled_rows(run: Run, flags: Any, prompt: int) -> Any:
+    """As many examples of equal length as fill --tokens_per_micro_batch to its bound: whole ones leave room there."""
+    most, responses = flags.tokens_per_micro_batch, 2 if run.stage in ("reward", "dpo") else 1
+    whole = prompt + responses * run.response
+    n = min(flags.micro_batch_size, most // whole + 1)
+    size = min(whole, most // n)
+    response = max(1, run.response * size // whole)
+    prompt = max(1, size - responses * response)
+    if run.stage == "sft":
+        examples = [{"ids": tokens(prompt + response), "mask": tokens(prompt) + [1] * response}] * n
+        return next(run.script.pack_examples(examples, flags, 0, CPU))
+    groups = [(tokens(prompt), [tokens(response)] * responses)] * n
+    return run.script.lay_out(groups, run.script.row_width(groups, run.config), 0, CPU)
 
 
 def training_rows(run: Run, micro_batch_size: int) -> list[Any]:
-    """The micro-batches of one step's largest pass over the data, laid out by the script itself, on the CPU."""
-    flags, script, size = run.flags, run.script, {"micro_batch_size": micro_batch_size}
-    if run.stage == "sft":  # the longest example sets the length of a row; others are filled with two halves each
-        full = {"ids": tokens(run.prompt + run.response), "mask": tokens(run.prompt) + [1] * run.response}
-        packing = flags.packing and run.config.model_type in script.SHARED_ROW_MODELS
-        half = {name: values[::2] for name, values in full.items()}
-        half = {name: values[: len(full["ids"]) // 2] for name, values in half.items()}
-        examples = [full] + [half] * (2 * micro_batch_size) if packing else [full] * micro_batch_size
-        return list(script.pack_examples(examples, replace(flags, packing=packing, **size), 0, CPU))
-    if run.stage in ("ppo", "grpo") and not flags.tokens_per_micro_batch:
-        g = flags.samples_per_prompt
-        groups = [(tokens(run.prompt), [tokens(run.response)] * g)] * (flags.batch_size // g)
-        n = flags.minibatches if run.stage == "ppo" else 1
-        laid_out = script.lay_out_rollout(groups, n, replace(flags, **size), run.config, 0, CPU)
-        return [rows for minibatch in laid_out for _, rows in minibatch]
-    copies = 1 if run.stage in ("ppo", "grpo") else 2
-    groups = largest_groups(run, micro_batch_size, run.prompt, run.response, copies)
-    return [script.lay_out(groups, script.row_width(groups, run.config), 0, CPU)]
+    """Micro-batches among which is the largest pass: a step's of the longest examples, and where their tokens are
+    bounded others that reach the bound, also of examples that are nearly all response."""
+    flags = replace(run.flags, micro_batch_size=micro_batch_size)
+    free = step_rows(run, replace(flags, tokens_per_micro_batch=0))
+    if not 0 < flags.tokens_per_micro_batch < max(rows.input_ids.numel() for rows in free):
+        return free
+    return [*step_rows(run, flags), *(filled_rows(run, flags, prompt) for prompt in (run.prompt, 1))]
 
 
 def meta_rows(script: ModuleType, shape: Shape) -> Any:
@@ -596,7 +615,7 @@ def trace_sampling(run: Run, n_prompts: int, g: int, n_layers: int) -> tuple[Byt
                 tracker.peak = Counter(tracker.live)
                 for t in (1, 2, 3):
                     with tracker.tagged("logits"):
-                        logp = torch.log_softmax(script.lm_logits(model, state).float() / 1.0, dim=-1)
+                        logp = script.lm_logits(model, state).float().div_(1.0).log_softmax(-1)
                         cdf = logp.exp().double().cumsum_(-1)
                     del logp, cdf
                     if t < 3:
@@ -613,10 +632,13 @@ class Choice:
     micro_batch_size: int
     sample_batch_size: int
     checkpointing: bool
+    tokens_per_micro_batch: int
 
     def __str__(self) -> str:
         sampling = f"--sample_batch_size {self.sample_batch_size} " if self.sample_batch_size else ""
-        return f"--micro_batch_size {self.micro_batch_size} {sampling}--gradient_checkpointing {self.checkpointing}"
+        bound = f"--tokens_per_micro_batch {self.tokens_per_micro_batch} " if self.tokens_per_micro_batch else ""
+        rest = f"{bound}{sampling}--gradient_checkpointing {self.checkpointing}"
+        return f"--micro_batch_size {self.micro_batch_size} {rest}"
 
 
 def pass_bytes(run: Run, shape: Shape, who: str, kind: str, checkpointing: bool) -> PassBytes:
@@ -666,12 +688,11 @@ def training_phases(run: Run, micro_batch_size: int, checkpointing: bool) -> dic
         if kind == "update":
             phases[name]["gradients"] += fixed_bytes(run)["gradients"][who if run.trained else "all weights"]
 
-    held = sum(map(row_bytes, batches))
+    held = sum(map(row_bytes, step_rows(run, replace(flags, micro_batch_size=micro_batch_size))))
     if run.stage in ("ppo", "grpo"):  # plus old and reference log-probs, values, rewards ...: ten floats a token
         held += 40 * flags.batch_size * run.response
-        groups = largest_groups(run, micro_batch_size, run.prompt, run.response)
-        alone = [run.script.lay_out(groups, 0, 0, CPU)]
-        add("evaluation: log-probs", "policy", "score+grad", alone, held + row_bytes(alone[0]))
+        single = alone(run, micro_batch_size, run.prompt, run.response)
+        add("evaluation: log-probs", "policy", "score+grad", [single], held + row_bytes(single))
         add("scores: policy", "policy", "score+grad", batches, held)
         add("scores: reference", "reference", "score", batches, held)
         judges = [name for name in run.roles if name.startswith(("critic", "reward"))]
@@ -681,13 +702,10 @@ def training_phases(run: Run, micro_batch_size: int, checkpointing: bool) -> dic
         add("evaluation", run.trained[0] if run.trained else "all", "score", batches, held)
     for who in run.trained or ("all",):
         if who == "critic" and run.stage == "dpo":  # dro's V(x)
-            n = len(largest_groups(run, micro_batch_size, run.prompt, run.response, 2))
-            groups = [(tokens(run.prompt), [tokens(1)])] * n
-            batches = [run.script.lay_out(groups, 0, 0, CPU)]
+            batches = [alone(run, micro_batch_size, run.prompt, 1)]
         add(f"update: {who}", who, "update", batches, held)
     if getattr(flags, "ptx_dataset", None):
-        groups = largest_groups(run, micro_batch_size, 1, run.prompt + run.response - 1)
-        add("update: ptx", "policy", "update", [run.script.lay_out(groups, 0, 0, CPU)], held)
+        add("update: ptx", "policy", "update", [alone(run, micro_batch_size, 1, run.prompt + run.response - 1)], held)
     return phases
 
 
@@ -728,7 +746,8 @@ def all_phases(run: Run, choice: Choice) -> dict[str, Bytes]:
 def asked_choice(run: Run) -> Choice:
     """The flags as given."""
     checkpointing = run.gpu if run.flags.gradient_checkpointing is None else run.flags.gradient_checkpointing
-    return Choice(run.flags.micro_batch_size, getattr(run.flags, "sample_batch_size", 0), checkpointing)
+    sampling, bound = getattr(run.flags, "sample_batch_size", 0), run.flags.tokens_per_micro_batch
+    return Choice(run.flags.micro_batch_size, sampling, checkpointing, bound)
 
 
 def sizes_down(largest: int) -> list[int]:
@@ -758,9 +777,9 @@ def choose(run: Run, gib: float) -> Choice | None:
     if sample is None:
         return None
     if fits(training_phases(run, largest, False)):
-        return Choice(largest, sample, False)
+        return Choice(largest, sample, False, flags.tokens_per_micro_batch)
     micro = first_fit(sizes_down(largest), lambda n: fits(training_phases(run, n, True)))
-    return Choice(micro, sample, True) if micro else None
+    return Choice(micro, sample, True, flags.tokens_per_micro_batch) if micro else None
 
 
 def gib_text(n: float) -> str:
