@@ -40,6 +40,7 @@ Writes runs/dpo/: the policy's adapter in PEFT's format, tokenizer, args.json, m
 samples.jsonl (held-out responses of the reference and of the policy), report.json, checkpoint/.
 """
 
+import bisect
 import contextlib
 import hashlib
 import itertools
@@ -729,8 +730,8 @@ def encode_rl(row: dict, tokenizer: Any, max_prompt_length: int) -> list[dict]:
 def batch_indices(step: int, lengths: list[int], batch_size: int, seed: int) -> list[int]:
     """Rows of batch `step`: a new permutation each epoch, a function of (seed, step), so resuming needs no cursor.
 
-    The longest rows come first of all, so that a batch too large for the memory fails at once and not after hours
-    (where --tokens_per_micro_batch does not bound it anyway).
+    The longest rows come first of all, so that a batch too large for the memory fails at once and not after hours;
+    with --tokens_per_micro_batch a later pass may fill its bound further.
     """
     n = len(lengths)
     indices: list[int] = []
@@ -842,12 +843,14 @@ def fill_rows(lengths: list[int], width: int) -> list[list[int]]:
 
 def micro_batches(order: Sequence[int], columns: Callable[[list[int]], int], args: Any) -> list[list[int]]:
     """`order` cut for one pass each: --micro_batch_size numbers, or fewer, whose rows have --tokens_per_micro_batch."""
-    batches: list[list[int]] = []
-    for i in order:
-        full = not batches or len(batches[-1]) == args.micro_batch_size
-        if full or 0 < args.tokens_per_micro_batch < columns([*batches[-1], i]):
-            batches.append([])
-        batches[-1].append(i)
+    rest, batches = list(order), []
+    while rest:
+        n = min(len(rest), args.micro_batch_size)
+        if args.tokens_per_micro_batch:
+            within = bisect.bisect_right(range(1, n + 1), args.tokens_per_micro_batch, key=lambda k: columns(rest[:k]))
+            n = max(1, within)
+        batches.append(rest[:n])
+        rest = rest[n:]
     return batches
 
 
@@ -857,11 +860,12 @@ def cheapest_rows(groups: list[Group], config: Any) -> tuple[int, int]:
     Per layer a token costs about 24 d^2 multiplications in the matrices and 4 L d in the attention of a row of L; a row
     with several responses pays for every masked pair. Models without plain attention always take padded rows.
     """
-    together = [len(prompt) + sum(map(len, responses)) for prompt, responses in groups]
     apart = [len(prompt) + len(y) for prompt, responses in groups for y in responses]
+    if config.model_type not in SHARED_ROW_MODELS:
+        return 0, len(apart) * max(apart)
+    together = [len(prompt) + sum(map(len, responses)) for prompt, responses in groups]
     layouts = [(0, len(apart), max(apart))]  # width asked for, rows, and columns that each comes to
-    shared = config.model_type in SHARED_ROW_MODELS
-    for width in (max(together) * sixteenths // 16 for sixteenths in range(16, 33) if shared):
+    for width in (max(together) * sixteenths // 16 for sixteenths in range(16, 33)):
         rows = fill_rows(together, width)
         layouts.append((width, len(rows), max(sum(together[g] for g in row) for row in rows)))
     asked, n, width = min(layouts, key=lambda rows: rows[1] * rows[2] * (24 * config.hidden_size + 4 * rows[2]))
@@ -1064,8 +1068,10 @@ def group_tokens(group: Group) -> int:
 
 
 def group_batches(groups: list[Group], config: Any, args: Any) -> list[list[int]]:
-    """Numbers of the groups for each pass, those of like length together: little padding."""
-    order = sorted(range(len(groups)), key=lambda g: group_tokens(groups[g]))
+    """Numbers of the groups for each pass; like with like where rows are padded, packed rows fill better mixed."""
+    order = list(range(len(groups)))
+    if config.model_type not in SHARED_ROW_MODELS:
+        order.sort(key=lambda g: group_tokens(groups[g]))
     return micro_batches(order, lambda some: cheapest_rows([groups[g] for g in some], config)[1], args)
 
 
@@ -1811,7 +1817,8 @@ def open_run(args: Any, stage: str, accelerator: Accelerator) -> tuple[Path, dic
         raise UserError(f"--resume: {folder} is no run folder (args.json is missing); check --output_dir")
     if args.resume:
         recorded = json.loads((folder / "args.json").read_text())
-        free = ("resume", "report_to", "micro_batch_size", "tokens_per_micro_batch", "sample_batch_size")  # memory only
+        memory = ("micro_batch_size", "tokens_per_micro_batch", "sample_batch_size", "gradient_checkpointing")
+        free = ("resume", "report_to", *memory)
         changed = {k: v for k, v in asdict(args).items() if k not in free and recorded.get(k) != v}
         if changed:
             flags = ", ".join(f"--{k} {v} (was {recorded.get(k)})" for k, v in changed.items())
@@ -2180,7 +2187,8 @@ def preference_metrics(sums: Sequence[float], args: Any) -> dict[str, float]:
 def prompt_values(model: Any, head: nn.Linear, examples: list[dict], pad_id: int) -> Tensor:
     """V(x) of each response's prompt (S,) under the active role; a prompt is read once, with one token after it."""
     groups = [(e["group"][0], [e["group"][1][0][:1]]) for e in examples]
-    values = head_values(model, head, lay_out(groups, 0, pad_id, model.device))[:, 0]  # before the first token
+    rows = lay_out(groups, row_width(groups, model.get_base_model().config), pad_id, model.device)
+    values = head_values(model, head, rows)[:, 0]  # before the first token
     counts = torch.tensor([len(e["group"][1]) for e in examples], device=model.device)
     return values.repeat_interleave(counts)
 

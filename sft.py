@@ -24,6 +24,7 @@ Writes runs/sft/: the LoRA adapter in PEFT's format (a whole model with --lora_r
 metrics.jsonl, timing.jsonl, samples.jsonl, curves.png, checkpoint/.
 """
 
+import bisect
 import contextlib
 import hashlib
 import json
@@ -383,8 +384,8 @@ def encode_sft(row: dict, tokenizer: Any, stop_ids: list[int], args: Args) -> li
 def batch_indices(step: int, lengths: list[int], batch_size: int, seed: int) -> list[int]:
     """Rows of batch `step`: a new permutation each epoch, a function of (seed, step), so resuming needs no cursor.
 
-    The longest rows come first of all, so that a batch too large for the memory fails at once and not after hours
-    (where --tokens_per_micro_batch does not bound it anyway).
+    The longest rows come first of all, so that a batch too large for the memory fails at once and not after hours;
+    with --tokens_per_micro_batch a later pass may fill its bound further.
     """
     n = len(lengths)
     indices: list[int] = []
@@ -491,12 +492,14 @@ def fill_rows(lengths: list[int], width: int) -> list[list[int]]:
 
 def micro_batches(order: Sequence[int], columns: Callable[[list[int]], int], args: Any) -> list[list[int]]:
     """`order` cut for one pass each: --micro_batch_size numbers, or fewer, whose rows have --tokens_per_micro_batch."""
-    batches: list[list[int]] = []
-    for i in order:
-        full = not batches or len(batches[-1]) == args.micro_batch_size
-        if full or 0 < args.tokens_per_micro_batch < columns([*batches[-1], i]):
-            batches.append([])
-        batches[-1].append(i)
+    rest, batches = list(order), []
+    while rest:
+        n = min(len(rest), args.micro_batch_size)
+        if args.tokens_per_micro_batch:
+            within = bisect.bisect_right(range(1, n + 1), args.tokens_per_micro_batch, key=lambda k: columns(rest[:k]))
+            n = max(1, within)
+        batches.append(rest[:n])
+        rest = rest[n:]
     return batches
 
 
@@ -504,7 +507,8 @@ def pack_examples(examples: list[dict], args: Any, pad_id: int, device: Any) -> 
     """Examples {"ids", "mask"} -> micro-batches of rows; with packing each row is filled up to the longest example."""
     examples = sorted(examples, key=lambda e: -len(e["ids"]))
     lengths = [len(e["ids"]) for e in examples]
-    filled = fill_rows(lengths, lengths[0] if args.packing else 0)  # little padding, no row longer than needed
+    width = min(lengths[0], args.tokens_per_micro_batch or lengths[0])  # little padding, no row longer than needed
+    filled = fill_rows(lengths, width if args.packing else 0)
     widths = [sum(lengths[i] for i in row) for row in filled]
     for micro in micro_batches(range(len(filled)), lambda some: len(some) * max(widths[k] for k in some), args):
         rows: list[list[Part]] = []
@@ -819,7 +823,8 @@ def open_run(args: Any, stage: str, accelerator: Accelerator) -> tuple[Path, dic
         raise UserError(f"--resume: {folder} is no run folder (args.json is missing); check --output_dir")
     if args.resume:
         recorded = json.loads((folder / "args.json").read_text())
-        free = ("resume", "report_to", "micro_batch_size", "tokens_per_micro_batch", "sample_batch_size")  # memory only
+        memory = ("micro_batch_size", "tokens_per_micro_batch", "sample_batch_size", "gradient_checkpointing")
+        free = ("resume", "report_to", *memory)
         changed = {k: v for k, v in asdict(args).items() if k not in free and recorded.get(k) != v}
         if changed:
             flags = ", ".join(f"--{k} {v} (was {recorded.get(k)})" for k, v in changed.items())
@@ -997,9 +1002,14 @@ def sample_responses(
         max_new_tokens=args.max_response_length, eos_token_id=stop_ids, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     output: list[list[int]] = []
+
+    def columns(numbers: list[int]) -> int:
+        return len(numbers) * (max(len(prompts[i]) for i in numbers) + args.max_response_length)
+
     with torch.random.fork_rng():
         torch.manual_seed(args.seed)
-        for some in (prompts[i : i + args.micro_batch_size] for i in range(0, len(prompts), args.micro_batch_size)):
+        for numbers in micro_batches(range(len(prompts)), columns, args):
+            some = [prompts[i] for i in numbers]
             width = max(len(ids) for ids in some)
             ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + p for p in some], device=model.device)
             mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in some], device=model.device)

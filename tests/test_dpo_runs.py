@@ -284,7 +284,7 @@ def test_micro_batches_do_not_change_the_gradient(name: str, first_step: Any) ->
     whole[1].pop("shared_rows")  # it tells the layout, which may differ
     assert whole[1]["margin"] != 0 and len(whole[0]) == (2 if name == "dro" else 1)
     cuts: list[dict] = [{"micro_batch_size": 3}]
-    if name in ("sigmoid", "kto", "online"):
+    if name in ("sigmoid", "kto", "dro", "online"):
         cuts += [{"micro_batch_size": 1}, {"micro_batch_size": 8, "tokens_per_micro_batch": 50}]
     for cut in cuts:
         parts = first_step(**cut, **BATCHES[name])

@@ -1,6 +1,7 @@
 """Token rows: shared and packed rows equal padded ones, padding changes nothing, scores sit where they belong."""
 
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -448,3 +449,5 @@ def test_packed_rows_are_no_longer_than_the_longest_example() -> None:
         args = sft.Args(packing=packing, micro_batch_size=30, tokens_per_micro_batch=30)
         bounded = list(sft.pack_examples(examples, args, PAD, CPU))
         assert max(r.input_ids.numel() for r in bounded) <= 30 and sum(len(r.mask) for r in bounded) == 30
+        few = list(sft.pack_examples(examples, replace(args, tokens_per_micro_batch=8), PAD, CPU))
+        assert all(r.input_ids.numel() <= 8 or len(r.mask) == 1 for r in few), "longer examples go alone"

@@ -1,5 +1,6 @@
 """Whole runs of sft.py and ppo.py in process: files, determinism, resume, every flag that changes a code path."""
 
+import inspect
 import json
 import math
 import os
@@ -529,7 +530,7 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_is_used(
 
 
 def test_a_run_that_ran_out_of_memory_goes_on_with_less(
-    run_sft: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    run_sft: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
 ) -> None:
     """--resume takes other micro-batches: the same numbers up to rounding, and smaller passes."""
     done, seen = run_sft(output_dir=str(tmp_path / "done"), **SFT_FLAGS), []
@@ -544,8 +545,10 @@ def test_a_run_that_ran_out_of_memory_goes_on_with_less(
         return original(rows, *rest)
 
     monkeypatch.setattr(sft, "build_rows", counted)
-    folder = run_sft(resume=True, **{**SFT_FLAGS, "micro_batch_size": 1, "tokens_per_micro_batch": 64})
-    assert set(seen) == {1} and len(metrics(folder)) == len(metrics(done)) > 3
+    less = {"micro_batch_size": 3, "tokens_per_micro_batch": 60, "gradient_checkpointing": True}
+    folder = run_sft(resume=True, **{**SFT_FLAGS, **less})
+    assert "resume: from" in capsys.readouterr().out and max(seen) < 3, "the bound cuts further"
+    assert len(metrics(folder)) == len(metrics(done)) > 3
     assert metrics(folder)[-1] == pytest.approx(metrics(done)[-1], rel=1e-4, abs=1e-6)
 
 
@@ -869,6 +872,32 @@ def test_a_whole_sequence_classifier_as_reward_model(run_ppo: Run, base: Path, t
     AutoModelForSequenceClassification.from_pretrained(base, num_labels=1).save_pretrained(tmp_path / "whole")
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "whole")
     folder = run_ppo(reward_model=str(tmp_path / "whole"), max_steps=1)
+    check_sample_scores(folder, tmp_path / "whole", tmp_path / "whole")
+
+
+def test_every_pass_keeps_the_bound_on_tokens(
+    run_ppo: Run, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rollouts, evaluation, pretraining text and a reward model that reads text in padded rows of its own."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    AutoModelForSequenceClassification.from_pretrained(base, num_labels=1).save_pretrained(tmp_path / "whole")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "whole")
+    write_jsonl(tmp_path / "text.jsonl", [{"text": f"The fox number {i} is red. " * (1 + i % 4)} for i in range(8)])
+    flags = {"reward_model": str(tmp_path / "whole"), "ptx_dataset": str(tmp_path / "text.jsonl"), "ptx_coef": 0.5}
+    original, passes, callers = ppo.lay_out, [], ("lay_out_rollout", "score_responses", "ptx_backward")
+
+    def laid_out(*given: Any) -> Any:
+        rows = original(*given)
+        caller = next(frame.function for frame in inspect.stack() if frame.function in callers)
+        passes.append((caller, len(rows.mask), rows.input_ids.numel()))
+        return rows
+
+    monkeypatch.setattr(ppo, "lay_out", laid_out)
+    folder = run_ppo(**flags, max_steps=1, minibatches=1, micro_batch_size=8, tokens_per_micro_batch=100)
+    assert all(columns <= 100 or n == 1 for _, n, columns in passes)
+    for name in callers:
+        assert 1 < max(n for who, n, _ in passes if who == name) < 8, name
     check_sample_scores(folder, tmp_path / "whole", tmp_path / "whole")
 
 

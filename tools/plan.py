@@ -471,6 +471,8 @@ def filled_rows(run: Run, flags: Any, prompt: int) -> Any:
         examples = [{"ids": tokens(prompt + response), "mask": tokens(prompt) + [1] * response}] * n
         return next(run.script.pack_examples(examples, flags, 0, CPU))
     groups = [(tokens(prompt), [tokens(response)] * responses)] * n
+    if responses == 2:  # where rows are padded, fewer fit
+        groups = groups[: len(run.script.group_batches(groups, run.config, flags)[0])]
     return run.script.lay_out(groups, run.script.row_width(groups, run.config), 0, CPU)
 
 
@@ -702,7 +704,10 @@ def training_phases(run: Run, micro_batch_size: int, checkpointing: bool) -> dic
         add("evaluation", run.trained[0] if run.trained else "all", "score", batches, held)
     for who in run.trained or ("all",):
         if who == "critic" and run.stage == "dpo":  # dro's V(x)
-            batches = [alone(run, micro_batch_size, run.prompt, 1)]
+            groups = [(tokens(run.prompt), [tokens(1)])] * micro_batch_size
+            size = replace(flags, micro_batch_size=micro_batch_size)
+            groups = groups[: len(run.script.group_batches(groups, run.config, size)[0])]
+            batches = [run.script.lay_out(groups, run.script.row_width(groups, run.config), 0, CPU)]
         add(f"update: {who}", who, "update", batches, held)
     if getattr(flags, "ptx_dataset", None):
         add("update: ptx", "policy", "update", [alone(run, micro_batch_size, 1, run.prompt + run.response - 1)], held)
