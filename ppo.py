@@ -163,7 +163,7 @@ class Args:
         32, "rows (reward, dpo: prompts; RL: responses) per forward pass: memory, not the result"
     )
     tokens_per_micro_batch: int = arg(
-        0, "and at most this many tokens per training pass, padding included; a longer example goes alone; 0: no bound"
+        0, "most tokens per training pass, padding included; a longer example goes alone; 0: any number"
     )
     epochs: float = arg(2.5, "passes over the dataset")
     max_steps: int = arg(0, "stop after this many steps; 0: no limit; the smaller bound wins")
