@@ -521,8 +521,12 @@ def hidden_states(run: Run, model: Any, rows: Any, tracker: Tracker) -> Tensor:
 
 
 @functools.cache
-def trace_pass(run: Run, shape: Shape, who: str, kind: str, n_layers: int, checkpointing: bool) -> PassBytes:
+def trace_pass(
+    run: Run, shape: Shape, who: str, kind: str, n_layers: int, checkpointing: bool
+) -> tuple[Bytes, Bytes, Bytes]:
     """One micro-batch in the role `who`, of kind score, score+grad or update; critic and reward have scalar heads.
+
+    -> (peak of the backbone's forward pass, what lives after it, peak of what follows).
 
     update runs backward with gradients already there, as from the second micro-batch on.
     """
@@ -535,7 +539,7 @@ def trace_pass(run: Run, shape: Shape, who: str, kind: str, n_layers: int, check
             p.grad = torch.zeros_like(p) if p.requires_grad else None
         with traced(shape.n_rows > 1) as tracker:
             states = hidden_states(run, model, rows, tracker).flatten(0, 1)
-            forward = Counter(tracker.live)
+            before, forward, tracker.peak = tracker.peak, Counter(tracker.live), Counter()
             n = rows.last.shape[0] if who.startswith("reward") else shape.n_tokens
             where = torch.zeros(n, dtype=torch.long, device=META)
             with tracker.tagged("logits"):
@@ -560,7 +564,7 @@ def trace_pass(run: Run, shape: Shape, who: str, kind: str, n_layers: int, check
                     loss.backward()
     for p in parameters:
         p.grad = None
-    return PassBytes(tracker.peak, forward)
+    return before, forward, tracker.peak
 
 
 @functools.cache
@@ -644,12 +648,12 @@ class Choice:
 
 
 def pass_bytes(run: Run, shape: Shape, who: str, kind: str, checkpointing: bool) -> PassBytes:
-    """trace_pass at the model's depth."""
+    """trace_pass at the model's depth, where the forward pass may hold the peak that logits hold in two layers."""
 
     def part(k: int) -> Bytes:
         return by_depth(run, lambda n: trace_pass(run, shape, who, kind, n, checkpointing)[k])
 
-    return PassBytes(part(0), part(1))
+    return PassBytes(max(part(0), part(2), key=Counter.total), part(1))
 
 
 def largest_pass(run: Run, batches: list[Any], who: str, kind: str, checkpointing: bool) -> Bytes:
