@@ -707,7 +707,8 @@ def test_lc_intervals_cover(tmp_path: Path) -> None:
         logit = math.log(0.4 / 0.6) - 0.8 * np.tanh(np.tile(delta, 2) / delta.std(ddof=1)) + 0.7 * side
         p = 1.0 * (rng.random(300) < expit(logit))
         data = p, np.tile(delta, 2), side
-        found = win_rate.bootstrap_ids(lambda rows: win_rate.lc_glm(*(x[rows] for x in data)), ids, 200, draw)  # noqa: B023
+        # 400 resamples: the ends of 200 are noisy themselves, and the interval then covered 92.8 %, with 400 93.8 %
+        found = win_rate.bootstrap_ids(lambda rows: win_rate.lc_glm(*(x[rows] for x in data)), ids, 400, draw)  # noqa: B023
         hits += found["ci_low"] <= 0.4 <= found["ci_high"]
     assert 0.93 <= hits / 500 <= 0.97, hits / 500
 
