@@ -82,7 +82,10 @@ def test_packed_rows_hold_little_padding() -> None:
             reward.encode_response(tokenizer, pair["prompt"], text, [tokenizer.eos_token_id]) for text in texts
         ]
         groups.append((reward.encode_prompt(tokenizer, pair["prompt"]), responses))
-    for some in (groups[i : i + 8] for i in range(0, 512, 8)):
+    batches = [groups[i : i + 16] for i in range(0, 512, 16)]
+    args = reward.Args(micro_batch_size=8)
+    parts = [[batch[i] for i in part] for batch in batches for part in reward.group_batches(batch, config, args)]
+    for some in parts:
         widths = reward.row_width(some, config), 1, 0
         layouts = [reward.lay_out(some, width, 0, torch.device("cpu")) for width in widths]
         counts += [int((layouts[0].group > 0).sum()), *(rows.input_ids.numel() for rows in layouts)]

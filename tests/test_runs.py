@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -527,6 +528,23 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_is_used(
     printed = capsys.readouterr().out
     assert f"{newest} can't be loaded" in printed and f"resume: from {older}" in printed
     assert_resumed_equals(done, resumed)
+
+
+def test_samples_of_sft_keep_the_bound_on_tokens() -> None:
+    """Every prompt is sampled once, in order, in batches whose prompts and responses stay below the bound."""
+    seen: list[torch.Tensor] = []
+
+    def generate(input_ids: torch.Tensor, **_: Any) -> torch.Tensor:
+        seen.append(input_ids)
+        return torch.cat([input_ids, input_ids[:, -1:]], 1)  # one token: the prompt's last
+
+    model = SimpleNamespace(eval=lambda: None, device=CPU, generate=generate)
+    args = sft.Args(max_response_length=10, micro_batch_size=8, tokens_per_micro_batch=45)
+    prompts = [[5] * n + [n] for n in (4, 2, 9, 1, 40, 3)]
+    responses = sft.sample_responses(model, SimpleNamespace(pad_token_id=0), prompts, [99], args)
+    assert responses == [[n] for n in (4, 2, 9, 1, 40, 3)]
+    assert [len(ids) for ids in seen] == [2, 2, 1, 1]
+    assert all(len(ids) == 1 or ids.numel() + 10 * len(ids) <= 45 for ids in seen)
 
 
 def test_a_run_that_ran_out_of_memory_goes_on_with_less(
