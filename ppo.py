@@ -1,16 +1,16 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["torch==2.13.0", "transformers==5.23.0", "datasets==5.2.0", "bitsandbytes==0.50.2", "peft==0.21.2",
-#     "accelerate==1.15.0", "safetensors", "numpy", "matplotlib"]
+#     "accelerate==1.15.0", "safetensors", "numpy", "matplotlib", "tqdm"]
 # ///
 """PPO from a reward model: the third stage of RLHF (Ziegler et al. 2019; Ouyang et al. 2022, InstructGPT, section 3.5).
 
 One base model, in 4 bits if you like, plays all four roles through LoRA adapters:
 
-    policy     pi_theta   adapter, starts as a copy of the SFT adapter       trained
+    policy     pi_theta   adapter, starts as a copy of the SFT adapter                              trained
     reference  pi_ref     the SFT adapter, frozen
     reward     r          the reward adapter and its scalar head, frozen
-    critic     V_phi      adapter and scalar head, start as copies of the reward model's       trained
+    critic     V_phi      adapter and scalar head, start as copies of the reward model's            trained
 
 Each step (Schulman et al. 2017, algorithm 1, on tokens instead of frames):
 
@@ -25,27 +25,32 @@ Each step (Schulman et al. 2017, algorithm 1, on tokens instead of frames):
     python ppo.py --model runs/sft --reward_model runs/reward --dataset prompts.jsonl
     python ppo.py --model runs/sft --reward_fn my_rewards.py:score --dataset prompts.jsonl
 
-Data (hub id, or local .jsonl, .json, .parquet): `prompt` (string or message list), any columns a reward function wants.
-reward_fn(prompts, responses, **columns) -> list[float | None]; None: the response gets the batch's mean score.
+Data (hub id, or local .jsonl, .json, .csv, .parquet, folder): `prompt` (string or message list), any columns a reward
+function wants. A reward function: f(prompts, responses, **columns) -> list[float | None]; None: the response gets the
+mean of the others.
 
-Writes runs/ppo/: the policy's adapter in PEFT's format, tokenizer, args.json, metrics.jsonl, timing.jsonl, curves.png,
-samples.jsonl (held-out responses of the reference and of the policy), report.json, checkpoint/.
+Writes runs/ppo/: the policy's adapter in PEFT's format, tokenizer, generation_config.json, args.json, metrics.jsonl,
+timing.jsonl, samples.jsonl (some rollouts; held-out responses of both models), curves.png, result.json, checkpoint.pt.
 """
 
-import bisect
 import contextlib
 import hashlib
+import importlib.util
 import itertools
 import json
 import logging
 import math
 import os
+import shutil
+import signal
 import sys
 import time
+import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -53,67 +58,51 @@ import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from datasets import Dataset, load_dataset, load_from_disk
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
-    Cache,
-    DynamicCache,
-    DynamicLayer,
+    GenerationConfig,
     HfArgumentParser,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.cache_utils import Cache, DynamicCache, StaticLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 TINY = Path(__file__).resolve().parent / "tiny"
-HEAD_KEY = "base_model.model.score.weight"  # where AutoModelForSequenceClassification + PEFT look for the head
-SHARED_ROW_MODELS = (  # model types with plain attention, where tests hold shared rows to padded ones
-    "llama", "qwen2", "qwen3", "mistral", "phi3", "smollm3", "gpt2", "gemma2", "gemma3_text",
-)  # fmt: skip
-PLAIN_TEMPLATE = (  # for models that come without a chat template: no new token is added to the vocabulary
-    "{% for m in messages %}{% if m['role'] == 'assistant' %}Assistant: {{ m['content'] }}{{ eos_token }}\n{% else %}"
-    "{{ m['role'] | capitalize }}: {{ m['content'] }}\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}Assistant:{% endif %}"
-)
-TEXT_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"  # --chat_template text: no markup, continuation
-UPDATE_METRICS = ("policy_loss", "clip_fraction", "approx_kl", "value_loss", "grad_norm", "critic_grad_norm")
-
-
-# ------------------------------------------------------------------------------------------------------- arguments
-class UserError(Exception):
-    """A mistake in what the user gave, printed as one line: what, where, what was expected, what to do."""
-
-
-class BadRow(Exception):
-    """A row that can't be used: BadRow(reason, detail); rows are counted by reason, the first detail is shown."""
+TINY_SETTINGS: dict[str, Any] = {  # for its 0.9 M parameters: used where --dataset lies in tiny/ and no flag is given
+    "learning_rate": 5e-4, "critic_learning_rate": 1e-3, "epochs": 2.5, "tokens_per_batch": 512, "quant": "none",
+    "dtype": "float32", "max_response_length": 64,
+}  # fmt: skip
 
 
 def arg(default: Any, help: str) -> Any:
     """One dataclass field = one command-line flag with its --help text."""
-    text = {"help": help.replace("%", "%%")}
-    return field(default_factory=default, metadata=text) if callable(default) else field(default=default, metadata=text)
+    return field(default=default, metadata={"help": help.replace("%", "%%")})
 
 
 @dataclass
 class Args:
     # roles
     model: str = arg(str(TINY / "sft"), "base model or run folder: hub id or local path")
-    reward_model: str | None = arg(
-        None, "run folder or model with one score; default in ppo and online dpo: tiny/reward unless --reward_fn"
-    )
+    reward_model: str | None = arg(None, "run folder of reward.py, or model with one score; ppo's default: tiny/reward")
     reward_fn: str | None = arg(None, "file.py:function that scores responses instead of a reward model")
-    gold_fn: str | None = arg(
-        None, "file.py:function that judges, never trains; default: tiny's annotator, on its data"
-    )
+    gold_fn: str | None = arg(None, "file.py:function that judges, never trains; default: tiny's annotator on its data")
     quant: Literal["auto", "nf4", "none"] = arg("auto", "4-bit base; auto: as the run folder says, else nf4 on a GPU")
     dtype: Literal["auto", "float32", "bfloat16"] = arg("auto", "auto: bfloat16 on a GPU or with nf4, else float32")
     revision: str | None = arg(None, "branch, tag or commit of a hub model")
     trust_remote_code: bool = arg(False, "run model code that comes with a hub model")
     chat_template: str | None = arg(None, "plain, text (no markup) or a Jinja file; default: the tokenizer's own")
+    template_kwargs: str | None = arg(None, 'variables of the chat template, as JSON: {"enable_thinking": false}')
     lora_r: int | None = arg(None, "LoRA rank; default: the loaded adapter's, else 16; 0 trains all weights (sft only)")
     lora_alpha: float | None = arg(None, "LoRA scale numerator; default: the loaded adapter's, else 2 * rank")
     lora_target_modules: list[str] | None = arg(
@@ -121,12 +110,16 @@ class Args:
     )
     gradient_checkpointing: bool | None = arg(None, "recompute activations in backward; default: on a GPU")
     # data
-    dataset: str = arg(str(TINY / "prompts.jsonl"), "training data: hub id or local .jsonl, .json, .parquet")
+    dataset: str = arg(
+        str(TINY / "prompts.jsonl"), "training data: hub id, .jsonl, .json, .csv or .parquet file, folder"
+    )
     dataset_split: str = arg("train", "split of a hub dataset")
+    dataset_config: str | None = arg(None, "configuration of a hub dataset that has several")
+    columns: str | None = arg(None, "columns that have other names: prompt=question,completion=answer")
     eval_dataset: str | None = arg(None, "held-out data; default: --eval_size of the training data, split by prompt")
-    eval_size: float = arg(0.05, "held-out share (below 1) or number of rows where no --eval_dataset is given")
+    eval_size: float = arg(0.05, "held-out share (below 1) or number of prompts where no --eval_dataset is given")
     max_prompt_length: int = arg(512, "longer prompts are dropped and counted, never cut (tokens)")
-    max_response_length: int = arg(64, "longest response (tokens)")
+    max_response_length: int = arg(512, "longest response (tokens)")
     # rollout
     samples_per_prompt: int = arg(4, "responses per prompt; the prompt is computed once for all of them")
     temperature: float = arg(1.0, "of sampling and of every log-prob; no top-k or top-p, which would bias the ratio")
@@ -151,44 +144,24 @@ class Args:
     ptx_dataset: str | None = arg(None, "PPO-ptx: `text` data whose log-likelihood is added to the objective")
     ptx_coef: float = arg(1.0, "PPO-ptx: its weight (InstructGPT's gamma)")
     # optimisation
-    learning_rate: float = arg(5e-4, "peak learning rate; for LoRA on 7B: sft 2e-4, reward 1e-4, dpo 1e-5, RL 2e-5")
-    critic_learning_rate: float = arg(1e-3, "critic's peak learning rate")
-    warmup_ratio: float = arg(0.05, "share of the steps with rising learning rate; cosine to a tenth after it")
+    learning_rate: float = arg(2e-5, "peak learning rate: linear warm-up, then a cosine down to a tenth")
+    critic_learning_rate: float = arg(4e-5, "critic's peak learning rate")
+    warmup_ratio: float = arg(0.05, "share of the steps with rising learning rate")
     weight_decay: float = arg(0.0, "AdamW weight decay")
     max_grad_norm: float = arg(1.0, "gradients longer than this are scaled down to it")
-    batch_size: int = arg(
-        128, "examples per step, all processes together (reward, dpo: prompts with all their pairs; RL: responses)"
+    batch_size: int = arg(128, "per step: examples; reward, dpo: prompts with their responses; RL: responses")
+    tokens_per_batch: int | None = arg(
+        None, "tokens per flat row: memory, not the result; default: 1024, 4096 on a GPU"
     )
-    micro_batch_size: int = arg(
-        32, "rows (reward, dpo: prompts; RL: responses) per forward pass: memory, not the result"
-    )
-    tokens_per_micro_batch: int = arg(
-        0, "most tokens per training pass, padding included; a longer example goes alone; 0: any number"
-    )
-    epochs: float = arg(2.5, "passes over the dataset")
+    epochs: float = arg(1.0, "passes over the dataset")
     max_steps: int = arg(0, "stop after this many steps; 0: no limit; the smaller bound wins")
     # run
     output_dir: str = arg("runs/ppo", "run folder; an existing one is renamed unless --resume")
     seed: int = arg(0, "decides everything on CPU")
     eval_every: int = arg(0, "steps between evaluations on held-out data; 0: at the end only")
-    save_every: int = arg(0, "steps between checkpoints; 0: none")
-    resume: bool = arg(False, "continue from the newest checkpoint of --output_dir")
-    report_to: list[str] | None = arg(None, "trackers that accelerate knows: wandb, tensorboard, ...")
-
-
-def run_cli(main: Callable[[Any], Any], args_class: Any) -> None:
-    """Parse the command line into `args_class` and run `main`: mistakes of the user are one line, not a traceback."""
-    script = Path(sys.argv[0]).name
-    parser = HfArgumentParser(args_class, description=main.__doc__, allow_abbrev=False)
-    try:
-        (args,) = parser.parse_args_into_dataclasses(look_for_args_file=False)
-    except ValueError as error:  # an unknown flag
-        print(f"{script}: {error}; `python {script} --help` lists the flags", file=sys.stderr)
-        sys.exit(2)
-    try:
-        main(args)
-    except UserError as error:
-        sys.exit(f"{script}: {error}")
+    save_every: int = arg(10, "steps between checkpoints; Ctrl-C and the last step write one too")
+    resume: bool = arg(False, "go on from the checkpoint in --output_dir; --max_steps and --epochs may have grown")
+    report_to: list[str] | None = arg(None, "trackers that accelerate knows: wandb, tensorboard, trackio, ...")
 
 
 # ------------------------------------------------------------------------------------------------------- the maths
@@ -308,6 +281,17 @@ def learning_rate_at(step: int, total_steps: int, peak: float, warmup_ratio: flo
     return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
+def wilson_interval(share: float, n: int) -> tuple[float, float]:
+    """95 % interval of a proportion (Wilson 1927); n counts independent trials.
+
+    >>> [round(x, 2) for x in wilson_interval(0.5, 4)]  # (0.5 + 0.48 -+ 1.96 sqrt(0.0625 + 0.06)) / 1.96
+    [0.15, 0.85]
+    """
+    z = 1.959964
+    middle, half = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return (middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)
+
+
 def chunked_logprobs(
     logits: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, temperature: float, chunk_size: int,
     all_gradients: bool = False,
@@ -341,147 +325,827 @@ def chunked_logprobs(
     return logprobs, entropy
 
 
-# ------------------------------------------------------------------------------------------------------------ data
-def read_rows(source: str, split: str, skipped: dict[str, list]) -> list[dict]:
-    """Rows of a hub dataset or a local .jsonl, .json or .parquet file; "_row" is the line or row number, from 1."""
-    path = Path(source)
-    if path.suffix == ".jsonl" and path.is_file():
-        rows = []
-        for number, line in enumerate(path.read_bytes().rstrip().split(b"\n"), 1):
-            try:
-                rows.append({**json.loads(line), "_row": number})
-            except (ValueError, TypeError):
-                skipped.setdefault("not a JSON object", [0, number, repr(line[:60])])[0] += 1
-        return rows
-    from datasets import load_dataset  # 1 s that the other paths need not wait for
+# --------------------------------------------------------------------------------------------------- the algorithm
+def main(args: Args) -> None:
+    """PPO with four roles on one base (ppo.py)."""
+    run = Run(args, "ppo", ("score", "gold", "kl", "entropy", "response_length", "explained_variance"))
+    g, n_prompts = args.samples_per_prompt, args.batch_size // args.samples_per_prompt
+    fits = args.batch_size % (g * run.world) == 0 and args.batch_size >= args.minibatches * run.world
+    check(fits, f"--batch_size {args.batch_size}: no multiple of --samples_per_prompt {g} x {run.world} processes, or "
+          f"fewer than --minibatches {args.minibatches}")  # fmt: skip
+    check(not (args.reward_fn and args.reward_model), "--reward_fn and --reward_model: PPO has one reward, choose one")
+    check(args.lora_r != 0, "--lora_r 0: only sft.py trains all weights; RL trains adapters on one shared base")
+
+    # Roles, data, optimisers
+    model, tokenizer, stop_ids, adapter = load_model(args, run.device)
+    model = add_adapter(model, "policy", adapter, args)
+    if adapter:  # a bare base is its own reference, with the adapters off
+        add_adapter(model, "reference", adapter, args)
+    reward = load_reward(args.reward_fn or args.reward_model or str(TINY / "reward"), model, tokenizer, args)
+    critic_head = add_critic(model, reward, adapter, args)
+    args.gold_fn = args.gold_fn or (f"{TINY / 'annotator.py'}:gold" if args.dataset == Args.dataset else None)
+    gold = load_function(args.gold_fn) if args.gold_fn else None
+    encode = partial(encode_rl, tokenizer=tokenizer, max_prompt_length=args.max_prompt_length)
+    prompts, heldout = load_data(["prompt"], encode, tokenizer, run)
+    check(len(heldout), f"--eval_size {args.eval_size}: hold out some prompts, or give --eval_dataset")
+    check_positions(model, max(*prompts["length"], *heldout["length"]) + args.max_response_length)
+    ptx = load_ptx(tokenizer, run) if args.ptx_dataset else None
+    policy_weights = [p for name, p in model.named_parameters() if ".policy." in name]
+    critic_weights = [p for name, p in model.named_parameters() if ".critic." in name] + [*critic_head.parameters()]
+    optimizers = [make_optimizer(policy_weights, args), make_optimizer(critic_weights, args)]
+    policy_optimizer, critic_optimizer = optimizers
+    total_steps = math.ceil(args.epochs * len(prompts) / n_prompts)
+    total_steps = min(total_steps, args.max_steps or total_steps)
+    surrogates: dict[str, Any] = {"clip": clipped_policy_loss, "penalty": penalty_policy_loss}
+    surrogate, bound = surrogates[args.policy_loss], {"clip": args.clip_range, "penalty": args.penalty_coef}
+    judge = partial(evaluate, model, tokenizer, stop_ids, take(heldout, range(len(heldout))), [reward], gold, args)
+    before, after, memory = judge("reference"), {}, {"kl_coef": args.kl_coef}
+
+    for step in run.steps(total_steps, policy_weights + critic_weights, optimizers, memory):
+        start = time.time()
+
+        # 1. Rollout: sample y ~ pi_old(.|x)
+        batch = take(prompts, batch_indices(step, prompts["length"], n_prompts, args.seed))[run.rank :: run.world]
+        names = list(range(n_prompts))[run.rank :: run.world]  # a prompt's place in the batch names its noise
+        key = (args.seed, 0, step)
+        rollout = roll_out(model, tokenizer, stop_ids, batch, names, g, args.minibatches, "policy", key, args)
+        mask, rows, sampled = rollout.mask, rollout.rows(), time.time()
+
+        # 2. Score: R at the last token; log pi_old, log pi_ref and V at every token
+        scores = score(reward, rollout, args)
+        check(not scores.isnan().all(), f"{reward.name} returned None for every response")
+        scores = torch.where(scores.isnan(), scores.nanmean(), scores)
+        old_logprobs, entropy = role_logprobs(model, "policy", rows, mask, args)
+        ref_logprobs, _ = role_logprobs(model, "reference", rows, mask, args)
+        (old_values,) = role_tables(model, "critic", rows, mask, lambda row: [values_of(model, critic_head, row)])
+        if step == 0:
+            preflight(model, rollout, old_logprobs, ref_logprobs, args)
+
+        # 3. Per-token rewards, advantages and returns; advantages whitened over the whole batch
+        penalised = scores - args.missing_eos_penalty * (1 - rollout.ended)
+        penalised = penalised.clamp(-args.score_clip, args.score_clip) if args.score_clip else penalised
+        rewards = kl_penalty_rewards(penalised, old_logprobs, ref_logprobs, mask, memory["kl_coef"])
+        advantages, returns = gae(rewards, old_values, mask, args.gamma, args.gae_lambda)
+        advantages = masked_whiten(advantages, mask, partial(run.processes.reduce, reduction="sum"))
+        scored = time.time()
+
+        # 4. ppo_epochs passes over minibatches: the policy's update, then the critic's
+        rates = [learning_rate_at(step, total_steps, peak, args.warmup_ratio)
+                 for peak in (args.learning_rate, args.critic_learning_rate)]  # fmt: skip
+        shuffle = np.random.default_rng((args.seed, step))
+        updates: list[list[float]] = []
+        for number in np.concatenate([shuffle.permutation(args.minibatches) for _ in range(args.ppo_epochs)]):
+            minibatch = rollout.minibatches[number]
+            (n_tokens,) = run.total(sum(len(row.targets) for row in minibatch))
+            sums, norms = torch.zeros(4, device=run.device), [0.0, 0.0]  # loss, clipped, KL(old, new), value loss
+            with role(model, "policy", grad=True):
+                for row in minibatch if step >= args.critic_warmup else []:
+                    logprobs, entropies = token_logprobs(model, row, args.temperature, args.entropy_coef != 0)
+                    old, advantage = old_logprobs[row.at], advantages[row.at]
+                    loss = surrogate(logprobs, old, advantage, bound[args.policy_loss]) - args.entropy_coef * entropies
+                    loss = loss.sum() / n_tokens
+                    loss.backward()
+                    logprobs = logprobs.detach()
+                    clipped = (torch.exp(logprobs - old) - 1).abs() > args.clip_range
+                    parts = [loss.detach() * n_tokens, clipped.sum(), old_new_kl(logprobs, old).sum()]
+                    sums[:3] += torch.stack(parts) / n_tokens
+            if args.early_stop_kl and run.total(sums[2].item())[0] > args.early_stop_kl:
+                policy_optimizer.zero_grad()
+                break
+            if step >= args.critic_warmup:
+                if ptx:
+                    ptx_backward(model, ptx, (step * args.ppo_epochs * args.minibatches) + len(updates), run)
+                norms[0] = run.clip_gradients(policy_optimizer, rates[0])
+                policy_optimizer.step()
+                policy_optimizer.zero_grad()
+            with role(model, "critic", grad=True):
+                for row in minibatch:
+                    values = values_of(model, critic_head, row)
+                    loss = clipped_value_loss(values, old_values[row.at], returns[row.at], args.value_clip_range)
+                    loss = loss.sum() / n_tokens
+                    loss.backward()
+                    sums[3] += loss.detach()
+            norms[1] = run.clip_gradients(critic_optimizer, rates[1])
+            critic_optimizer.step()
+            critic_optimizer.zero_grad()
+            updates.append([*run.total(*sums.tolist()), *norms])
+        updated = time.time()
+
+        # 5. Log, adapt the KL coefficient, evaluate
+        log_ratio, error = old_logprobs - ref_logprobs, returns - old_values
+        golds = call_function(gold, rollout.prompts, rollout.texts) if gold else np.zeros(0)
+        means = batch_means(run, rollout, scores, golds, rewards, log_ratio, entropy, error, returns)
+        losses = dict(zip(UPDATE_METRICS, np.mean(updates, axis=0).tolist(), strict=True)) if updates else {}
+        metrics = {"step": step, **means, **losses, "updates": len(updates), "learning_rate": rates[0]}
+        metrics["kl_coef"] = memory["kl_coef"]
+        if args.kl_target:
+            memory["kl_coef"] = adapt_kl_coef(
+                memory["kl_coef"], means["kl"], args.kl_target, args.batch_size, args.kl_horizon
+            )
+        if run.evaluates(step):
+            after = judge("policy")
+            metrics |= {f"heldout_{k}": interval(after[k])[0] for k in ("score", "gold", "kl") if k in after}
+        if step % 10 == 0:
+            run.add("samples.jsonl", rollout_samples(rollout, scores, log_ratio, step))
+        seconds = {"seconds": updated - start, "rollout_seconds": sampled - start, "score_seconds": scored - sampled}
+        run.log(
+            metrics, {**seconds, "tokens_per_second": means["response_length"] * args.batch_size / seconds["seconds"]}
+        )
+
+    table = report(run, take(heldout, range(len(heldout))), before, after or judge("policy"))
+    run.finish(model, "policy", tokenizer, stop_ids, table)
+
+
+# =================================================================================================================
+# The rest is plumbing, in the order in which main calls it: run folder, roles, data, rows, sampler, scoring.
+# =================================================================================================================
+HEAD_KEY = "base_model.model.score.weight"  # where AutoModelForSequenceClassification + PEFT look for a reward head
+FLAT_ROW_MODELS = ("llama", "qwen2", "qwen3", "mistral", "phi3", "smollm3", "gpt2", "gemma2", "gemma3_text")
+SIDE_BY_SIDE_MODELS = ("llama", "qwen2", "qwen3", "mistral", "phi3", "smollm3")  # the sampler's; without windows
+UPDATE_METRICS = ("policy_loss", "clip_fraction", "approx_kl", "value_loss", "grad_norm", "critic_grad_norm")
+ABOVE_ZERO = (  # number flags that may not be 0; none may be below
+    "max_grad_norm batch_size tokens_per_batch epochs save_every max_prompt_length max_response_length temperature "
+    "samples_per_prompt sample_batch_size kl_horizon ppo_epochs minibatches mu beta"
+).split()
+ENCODING = (
+    "max_prompt_length",
+    "max_response_length",
+    "last_turn_only",
+    "columns",
+)  # flags that change what is encoded
+MAY_CHANGE = (  # when a run is resumed: its length, and what costs memory or time only
+    "resume report_to max_steps epochs save_every eval_every tokens_per_batch sample_batch_size gradient_checkpointing"
+).split()
+PLAIN_TEMPLATE = (  # for models that come without a chat template: no new token is added to the vocabulary
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}Assistant: {{ m['content'] }}{{ eos_token }}\n{% else %}"
+    "{{ m['role'] | capitalize }}: {{ m['content'] }}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+TEXT_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"  # --chat_template text: no markup, continuation
+
+
+class UserError(Exception):
+    """A mistake in what the user gave, printed as one line: what, where, what was expected, what to do."""
+
+
+class BadRow(Exception):
+    """A row that can't be used: BadRow(reason, detail); rows are counted by reason, the first detail is shown."""
+
+
+def check(fine: Any, message: str) -> None:
+    """A mistake of the user stops the run with one line."""
+    if not fine:
+        raise UserError(message)
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's exception says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def run_cli(main: Callable[[Any], Any], args_class: Any) -> None:
+    """Parse the command line into `args_class` and run `main`: mistakes of the user are one line, not a traceback."""
+    script, parser = Path(sys.argv[0]).name, HfArgumentParser(args_class, description=main.__doc__, allow_abbrev=False)
+    try:
+        (args,) = parser.parse_args_into_dataclasses(look_for_args_file=False)
+        if Path(args.dataset).resolve().parent == TINY:
+            parser.set_defaults(**TINY_SETTINGS)
+            (args,) = parser.parse_args_into_dataclasses(look_for_args_file=False)
+            print(f"{script}: settings for tiny/:", *(f"--{name} {getattr(args, name)}" for name in TINY_SETTINGS))
+    except ValueError as error:  # an unknown flag
+        print(f"{script}: {error}; `python {script} --help` lists the flags", file=sys.stderr)
+        sys.exit(2)
+    try:
+        main(args)
+    except (UserError, OSError) as error:  # OSError: a full disk, a folder that can't be written
+        sys.exit(f"{script}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"{script}: stopped at once; --resume goes on from the last checkpoint, if there is one")
+
+
+# ------------------------------------------------------------------------------------------------------ run folder
+class Run:
+    """A run: its processes, its steps with their checkpoints, its folder.
+
+    Nothing is written before the first step has been done: a run that fails at once moves no good folder away.
+    """
+
+    def __init__(self, args: Any, stage: str, curves: tuple[str, ...]) -> None:
+        for name, value in asdict(args).items():
+            fine = not isinstance(value, int | float) or value > 0 or (value == 0 and name not in ABOVE_ZERO)
+            check(fine, f"--{name} {value}: must be above 0{' or 0' * (name not in ABOVE_ZERO)}")
+        for tracker in args.report_to or []:
+            check(importlib.util.find_spec(tracker), f"--report_to {tracker}: not installed; pip install {tracker}")
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns that an optional package is missing
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")  # calls between the two
+        transformers.utils.logging.disable_progress_bar()
+        torch.manual_seed(args.seed)
+        self.args, self.stage, self.curves, self.folder = args, stage, curves, Path(args.output_dir)
+        gpu, trackers = torch.cuda.is_available(), args.report_to
+        self.processes = Accelerator(cpu=not gpu, log_with=trackers, project_dir=self.folder)
+        self.device, self.rank = self.processes.device, self.processes.process_index
+        self.world, self.main = self.processes.num_processes, self.processes.is_main_process
+        self.began, self.step, self.data, self.interrupted, self.started = time.time(), 0, "", False, False
+
+    def total(self, *values: float) -> list[float]:
+        """The values summed over all processes, in float64."""
+        return self.processes.reduce(torch.tensor(values, dtype=torch.float64, device=self.device), "sum").tolist()
+
+    def clip_gradients(self, optimizer: Any, learning_rate: float) -> float:
+        """Before optimizer.step(): set the learning rate, sum gradients over processes, scale them down to
+        --max_grad_norm; -> their norm before that.
+
+        Losses are divided by the global count before backward, so the sum over rows and processes is the mean. This
+        waits for the GPU: a loss or gradient that is no number must not reach the weights.
+        """
+        (group,) = optimizer.param_groups
+        group["lr"] = learning_rate
+        for p in group["params"] if self.world > 1 else []:
+            p.grad = self.processes.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "sum")
+        norm = nn.utils.clip_grad_norm_(group["params"], self.args.max_grad_norm).item()
+        cause = f"lower the learning rate, here {learning_rate:.1e}, or look for NaN in the model's weights"
+        check(math.isfinite(norm), f"step {self.step + 1}: the loss or its gradient is not finite ({norm}); {cause}")
+        return norm
+
+    def steps(self, total_steps: int, weights: list, optimizers: list, extra: dict | None = None) -> Iterator[int]:
+        """The steps to be done, after --resume those that are left; each --save_every steps, after Ctrl-C or SIGTERM
+        (once more: stop at once) and at the end a checkpoint with weights, optimizers and the numbers in `extra`."""
+        self.total_steps, extra = total_steps, {} if extra is None else extra
+        self.settings = {**asdict(self.args), "data": self.data}
+        self.first_step = self.load_checkpoint(weights, optimizers, extra) if self.args.resume else 0
+        self.loop_began = time.time()
+        before = [signal.signal(number, self.interrupt) for number in (signal.SIGINT, signal.SIGTERM)]
+        try:
+            for step in range(self.first_step, total_steps):
+                self.step = step
+                yield step
+                done, stopped = step + 1, self.total(self.interrupted)[0] > 0
+                if self.main and (stopped or done % self.args.save_every == 0 or done == total_steps):
+                    states = [optimizer.state_dict() for optimizer in optimizers]
+                    self.save({"step": done, "weights": weights, "optimizers": states, "extra": extra})
+                check(not stopped, f"stopped after step {done} of {total_steps}; add --resume to go on from there")
+        finally:
+            for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+                signal.signal(number, handler)
+
+    def interrupt(self, *signal_and_frame: Any) -> None:
+        """The first signal lets the step end, the second does not."""
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        print(f"\n{self.stage}: stopping after step {self.step + 1}; once more to stop at once", flush=True)
+
+    def load_checkpoint(self, weights: list, optimizers: list, extra: dict) -> int:
+        """Put checkpoint.pt's state into weights, optimizers and `extra`, cut later lines off; -> the next step."""
+        try:
+            recorded = json.loads((self.folder / "args.json").read_text())
+            state = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a missing or damaged file raises
+            raise UserError(f"--resume: no checkpoint in {self.folder} ({first_line(error)}); start without") from error
+        changed = {k: v for k, v in self.settings.items() if recorded.get(k) != v and k not in MAY_CHANGE}
+        flags = ", ".join(f"--{k} {v} (was {recorded.get(k)})" for k, v in changed.items())
+        check(not changed, f"--resume: {self.folder} was started with other settings (data: rows): {flags}")
+        for weight, saved in zip(weights, state["weights"], strict=True):
+            weight.data.copy_(saved)
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        extra.update(state["extra"])
+        for path in self.folder.glob("*.jsonl") if self.main else []:
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] < state["step"]]
+            path.write_text("".join(kept), encoding="utf-8")
+        return state["step"]
+
+    def evaluates(self, step: int) -> bool:
+        """Whether an evaluation follows this step: each --eval_every, and the last."""
+        return step + 1 == self.total_steps or bool(self.args.eval_every and (step + 1) % self.args.eval_every == 0)
+
+    def save(self, state: dict) -> None:
+        """checkpoint.pt, by way of a temporary name: a killed run or a full disk leaves the old one or the new one."""
+        try:
+            with (self.folder / "checkpoint.tmp").open("wb") as stream:
+                torch.save(state, stream)
+        except (OSError, RuntimeError) as error:  # on a full disk torch has words of its own
+            why = first_line(error.__context__ or error)
+            raise UserError(f"{self.folder}: the checkpoint can't be written ({why}); the last one is there") from error
+        (self.folder / "checkpoint.tmp").replace(self.folder / "checkpoint.pt")
+
+    def add(self, name: str, rows: list[dict]) -> None:
+        """More lines of a .jsonl file of the folder, which is made when there is something to write."""
+        if not self.started:
+            if self.main and not self.args.resume and self.folder.exists():
+                older = next(p for n in range(1, 10**6) if not (p := Path(f"{self.folder}.{n}")).exists())
+                print(f"{self.stage}: the existing {self.folder} is now {self.folder.rename(older)}")
+            if self.main and not self.args.resume:
+                self.folder.mkdir(parents=True)
+                (self.folder / "args.json").write_text(json.dumps(self.settings, indent=1))
+            self.processes.init_trackers(self.stage, config={k: str(v) for k, v in self.settings.items()})
+            self.started = True
+        lines = [json.dumps({k: v for k, v in row.items() if v == v}, ensure_ascii=False) + "\n" for row in rows]
+        if self.main:  # v == v: NaN is no JSON
+            with (self.folder / name).open("a", encoding="utf-8") as stream:
+                stream.writelines(lines)
+
+    def log(self, metrics: dict, timing: dict) -> None:
+        """One line in metrics.jsonl (a function of the arguments alone), in timing.jsonl, on the screen; curves.png."""
+        peak, done = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0, metrics["step"] + 1
+        self.add("metrics.jsonl", [{k: v if isinstance(v, int) else float(f"{v:.8g}") for k, v in metrics.items()}])
+        self.add("timing.jsonl", [{"step": metrics["step"], **timing, "peak_bytes": peak}])
+        self.processes.log({**metrics, **timing}, step=metrics["step"])
+        left = (time.time() - self.loop_began) / (done - self.first_step) * (self.total_steps - done)
+        shown = [f"{k} {metrics[k]:.3f}" for k in self.curves if k in metrics]
+        clock = f"{timing['seconds']:.2f} s | {left // 60:.0f}:{left % 60:02.0f} left"
+        if self.main:
+            print(f"{self.stage}: {done}/{self.total_steps}", *shown, clock, sep=" | ", flush=True)
+        if self.main and self.evaluates(metrics["step"]) and importlib.util.find_spec("matplotlib"):
+            self.plot_curves()
+
+    def plot_curves(self) -> None:
+        """curves.png: each curve of metrics.jsonl against the step."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        rows = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        keys = [key for key in self.curves if any(key in row for row in rows)]
+        figure, axes = pyplot.subplots(1, len(keys), figsize=(3.6 * len(keys), 3), squeeze=False, layout="tight")
+        for axis, key in zip(axes[0], keys, strict=True):
+            axis.plot([r["step"] for r in rows if key in r], [r[key] for r in rows if key in r], marker=".")
+            axis.set(title=key, xlabel="step")
+        figure.savefig(self.folder / "curves.png", dpi=110)
+        pyplot.close(figure)
+
+    def finish(self, model: Any, name: str, tokenizer: Any, stop_ids: list[int], table: dict, head: Any = None) -> None:
+        """The adapter `name` (or the whole model), all that loading and generating needs; result.json: the table."""
+        if self.main:
+            save_model(self.folder, model, name, tokenizer, stop_ids, head)
+            versions = {package: version(package) for package in ("torch", "transformers", "peft", "bitsandbytes")}
+            result = {"stage": self.stage, **table, "base": model.config._name_or_path, "versions": versions}
+            result = json.loads(json.dumps(result), parse_constant=lambda name: None)  # NaN is no JSON
+            (self.folder / "result.json").write_text(json.dumps(result, indent=1))
+            print(*(f"{k} {v:.3f}" for k, v in table.items() if isinstance(v, float)), sep=" | ")
+            print(f"{self.stage}: wrote {self.folder} in {time.time() - self.began:.0f} s")
+        self.processes.end_training()
+
+
+# ------------------------------------------------------------------------------------------------- model and roles
+def find_base(source: str) -> tuple[str, bool]:
+    """(base model, whether `source` is a PEFT adapter on it); a relative path may be relative to a parent of it."""
+    from peft import PeftConfig  # not before Run has silenced bitsandbytes, which it imports
 
     try:
-        if path.is_file() and path.suffix in (".json", ".parquet"):
-            data = load_dataset(path.suffix[1:], data_files=str(path), split="train")
-        elif path.exists() or path.suffix in (".jsonl", ".json", ".parquet"):
-            raise UserError(f"{source}: no such .jsonl, .json or .parquet file")
+        name = str(PeftConfig.from_pretrained(source).base_model_name_or_path)
+    except (ValueError, OSError, TypeError):  # no adapter_config.json there
+        return str(Path(source).resolve()) if Path(source).is_dir() else source, False
+    paths = [Path(name), *(parent / name for parent in Path(source).resolve().parents)]
+    found = next((str(path.resolve()) for path in paths if (path / "config.json").is_file()), None)
+    check(found or not Path(name).is_absolute(), f"{source}: its base {name} is gone; move it back or edit the path")
+    return found or name, True
+
+
+def settle_precision(args: Any, device: Any) -> None:
+    """Give every flag its value that depends on the run folder or on the machine."""
+    record, gpu, all_weights = Path(args.model, "args.json"), device.type == "cuda", args.lora_r == 0
+    if args.quant == "auto":
+        recorded = json.loads(record.read_text()).get("quant") if record.is_file() else None
+        args.quant = "none" if all_weights else recorded or ("nf4" if gpu else "none")
+    check(not all_weights or args.quant == "none", "--lora_r 0: 4-bit weights can't be trained; give --quant none")
+    if args.dtype == "auto":  # all weights: small updates would be lost in bfloat16, which old GPUs don't have either
+        half = (gpu or args.quant == "nf4") and not all_weights
+        args.dtype = "bfloat16" if half and (not gpu or torch.cuda.is_bf16_supported(False)) else "float32"
+    args.tokens_per_batch = args.tokens_per_batch or (4096 if gpu else 1024)
+    args.gradient_checkpointing = gpu if args.gradient_checkpointing is None else args.gradient_checkpointing
+
+
+def load_base(base: str, args: Any, device: Any, kind: Any = AutoModelForCausalLM) -> Any:
+    """The model in eval mode, every dropout 0: two passes over the same tokens must agree, RL trains on their ratio."""
+    options: dict[str, Any] = {"trust_remote_code": args.trust_remote_code, "dtype": getattr(torch, args.dtype)}
+    options["revision"] = args.revision if base == args.model else None
+    if args.quant == "nf4":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=options["dtype"], llm_int8_skip_modules=["lm_head", "score"],
+        )  # fmt: skip
+    probe = torch.arange(8, device=device)[None]
+    try:
+        model = kind.from_pretrained(base, device_map={"": device}, **options).eval()
+    except Exception as error:  # whatever a missing or damaged file raises
+        raise UserError(f"model {base}: can't be loaded ({first_line(error)})") from error
+    for module in [*model.modules(), model.config]:
+        for name in [n for n, x in vars(module).items() if isinstance(x, float) and ("drop" in n or n == "p")]:
+            setattr(module, name, 0.0)  # a dropout may be a number (OPT's, attention's, Falcon's in its config)
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes' repacked CPU weights pass no gradient;
+            module.support_avx512bf16_for_cpu = False  # the first pass would repack them
+            misread = device.type == "cpu" and module.in_features % 64 in (16, 32, 48)
+            check(not misread, f"model {base}: bitsandbytes misreads {module.in_features} inputs on CPU; --quant none")
+    try:
+        with torch.no_grad():
+            logits, states = model(probe).logits, model.base_model(probe, use_cache=False).last_hidden_state
+    except Exception as error:  # whatever an architecture that can't run here raises
+        raise UserError(f"model {base}: can't be run ({first_line(error)})") from error
+    scaled = kind is AutoModelForCausalLM and (lm_logits(model, states) - logits).norm() > 0.05 * logits.norm()
+    check(not scaled, f"model {base}: {model.config.model_type} scales its logits after lm_head; not supported")
+    if device.type == "cpu" and model.num_parameters() < 10**7:
+        torch.set_num_threads(1)  # so small a model gains little from threads, and loses much where cores are shared
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    compiler = any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang"))  # Triton asks for one
+    plain = model.config.model_type in FLAT_ROW_MODELS and model._supports_flex_attn
+    if device.type == "cuda" and args.tokens_per_batch >= 2048 and compiler and plain:
+        model.set_attn_implementation("flex_attention")
+    sizes = {True: 0.0, False: 0.0}  # experts of MoE layers are no Linear layers: bitsandbytes leaves them as they are
+    for p in model.parameters():
+        sizes[type(p).__name__ == "Params4bit"] += p.numel() * p.element_size() / 2**30
+    text = f"{sizes[True]:.2f} GiB in 4 bits, {sizes[False]:.2f} GiB not; {args.dtype}; rows of {args.tokens_per_batch}"
+    print(f"model: {base}: {text} tokens, {model.config._attn_implementation}; {device}")
+    return model
+
+
+def load_tokenizer(source: str, chat_template: str | None, args: Any) -> Any:
+    """Tokenizer with a chat template: `plain` where the model has none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
+        template = {None: tokenizer.chat_template or PLAIN_TEMPLATE, "plain": PLAIN_TEMPLATE, "text": TEXT_TEMPLATE}
+        tokenizer.chat_template = template.get(chat_template) or Path(str(chat_template)).read_text(encoding="utf-8")
+        for name, value in json.loads(args.template_kwargs or "{}").items():  # set in it: later stages keep it too
+            setting = f"{{%- set null = none -%}}{{%- set {name} = {json.dumps(value, ensure_ascii=False)} -%}}"
+            tokenizer.chat_template = setting + tokenizer.chat_template
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"tokenizer {source}, --chat_template, --template_kwargs: {first_line(error)}") from error
+    check(tokenizer.eos_token_id is not None, f"{source}: the tokenizer has no EOS token; a response could never end")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # for generate; masks come from lengths
+    return tokenizer
+
+
+def find_stop_ids(tokenizer: Any, generation_config: Any) -> list[int]:
+    """Tokens that end a response: the tokenizer's EOS, the model's own list, and the template's end of turn."""
+    eos = getattr(generation_config, "eos_token_id", None)
+    ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "XYZ"}]
+    try:
+        after = render(tokenizer, turn).rpartition("XYZ")[2].lstrip()
+    except BadRow as bad:
+        raise UserError(f"chat template: {': '.join(bad.args)}") from bad
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}  # all_special_ids lacks some
+    return sorted(ids | special.intersection(tokenizer(after, add_special_tokens=False)["input_ids"][:1]))
+
+
+def load_model(args: Any, device: Any) -> tuple[Any, Any, list[int], str | None]:
+    """(base model, tokenizer, stop ids, adapter or None) of --model: a base, or the run folder of an earlier stage."""
+    base, is_adapter = find_base(args.model)
+    settle_precision(args, device)
+    own = is_adapter and (Path(args.model, "tokenizer_config.json").is_file() or not Path(args.model).is_dir())
+    tokenizer, model = (
+        load_tokenizer(args.model if own else base, args.chat_template, args),
+        load_base(base, args, device),
+    )
+    words = model.get_input_embeddings().num_embeddings
+    check(len(tokenizer) <= words, f"{args.model}: {len(tokenizer)} tokens, but an embedding of {words}: not a pair?")
+    return model, tokenizer, find_stop_ids(tokenizer, model.generation_config), args.model if is_adapter else None
+
+
+def add_adapter(model: Any, name: str, source: str | None, args: Any) -> Any:
+    """The PEFT model with one more LoRA adapter, new or read from `source`; a reward head in `source` is left out:
+    inside PEFT it would be trained, saved and switched with the adapter."""
+    from peft import LoraConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
+
+    targets, rank = args.lora_target_modules or "all-linear", args.lora_r or 16
+    ends = {"lm_head", "embed_tokens", "wte", "embed_out", "score"}.intersection(targets)
+    check(not ends, f"--lora_target_modules {' '.join(ends)}: embeddings and heads stay as they are")
+    config = LoraConfig(r=rank, lora_alpha=args.lora_alpha or 2 * rank, target_modules=targets)
+    try:
+        if source:
+            config = LoraConfig.from_pretrained(source)
+            odd = config.use_dora or config.bias != "none" or config.init_lora_weights not in (True, False, "gaussian")
+            odd = odd or config.trainable_token_indices or config.modules_to_save not in (None, ["score"])
+            check(not odd, f"{source}: no plain LoRA (DoRA, PiSSA, biases, saved modules ...); merge it into its base")
+            loaded = {"lora_r": config.r, "lora_alpha": config.lora_alpha, "lora_target_modules": config.target_modules}
+            for flag, value in loaded.items():
+                given = getattr(args, flag)
+                same = given in (None, value) or (isinstance(given, list) and set(given) == set(value))
+                check(same, f"--{flag} {given} contradicts {source}, trained with {value}; drop the flag")
+        config.modules_to_save, config.lora_dropout, config.inference_mode = None, 0.0, False
+        config.task_type, config.base_model_name_or_path = "CAUSAL_LM", None  # PEFT fills in this base's
+        if hasattr(model, "peft_config"):
+            model.add_adapter(name, config)
         else:
-            data = load_dataset(source, split=split)
+            model = get_peft_model(model, config, name)
+        if source:
+            weights = {k: v for k, v in load_peft_weights(source, device="cpu").items() if k != HEAD_KEY}
+            result: Any = set_peft_model_state_dict(model, weights, adapter_name=name)
+            wrong = [key for key in result.missing_keys if f".{name}." in key] + result.unexpected_keys
+            check(not wrong, f"{source}: its layers are not those of this base ({wrong[:1]})")
     except UserError:
         raise
-    except Exception as error:  # whatever datasets raises
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"dataset {source}, split {split}: can't be read ({reason})") from error
-    return [{**row, "_row": number} for number, row in enumerate(data, 1)]
+    except Exception as error:  # whatever PEFT and safetensors raise
+        raise UserError(f"adapter {source or name}: {first_line(error)}") from error
+    return model
 
 
-def encode_rows(source: str, split: str, columns: list[tuple[str, ...]], encode: Callable[[dict], list]) -> list:
-    """encode(row) for every row of `source`, joined; bad rows are counted by reason and shown once.
+@contextlib.contextmanager
+def role(model: Any, name: str, grad: bool = False) -> Iterator[None]:
+    """Give the shared base one role: its adapter; train mode with gradients (checkpointing works), else eval mode (the
+    KV cache works). A role without an adapter, the reference of a bare base, runs with the adapters off.
 
-    `columns` are the alternative column sets of the stage; rows without any of them stop the run if none is usable.
+    Forward and backward belong in one such block: switching before backward gives silently wrong gradients.
     """
-    skipped: dict[str, list] = {}  # reason -> [count, first row, detail]
-    rows, examples = read_rows(source, split, skipped), []
-    for row in rows:
+    known = hasattr(model, "peft_config") and name in model.peft_config
+    off = hasattr(model, "peft_config") and not known
+    if known:
+        model.set_adapter(name)  # gradients for its weights only
+    model.train(grad)
+    with model.disable_adapter() if off else contextlib.nullcontext(), torch.set_grad_enabled(grad):
+        yield
+
+
+def make_optimizer(weights: list, args: Any) -> torch.optim.Optimizer:
+    """8-bit paged AdamW on a GPU, torch's AdamW elsewhere; the learning rate is set at every step."""
+    if weights[0].device.type != "cuda":
+        return torch.optim.AdamW(weights, lr=0.0, weight_decay=args.weight_decay)
+    import bitsandbytes
+
+    return bitsandbytes.optim.PagedAdamW8bit(weights, lr=0.0, weight_decay=args.weight_decay)
+
+
+def save_model(folder: Path, model: Any, name: str, tokenizer: Any, stop_ids: list[int], head: Any = None) -> None:
+    """The adapter as a standard PEFT folder (a whole model where there is none), tokenizer, every stop id; a head
+    (1, d) as AutoModelForSequenceClassification finds it. PEFT itself writes a named adapter into a folder below."""
+    from peft import get_peft_model_state_dict
+
+    if hasattr(model, "peft_config"):
+        config = {**model.peft_config[name].to_dict(), "inference_mode": True}
+        config["base_model_name_or_path"] = model.get_base_model().config._name_or_path
+        weights = {k: v.contiguous().cpu() for k, v in get_peft_model_state_dict(model, adapter_name=name).items()}
+        if head is not None:
+            config |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+            weights[HEAD_KEY] = head.detach().float().cpu().contiguous()
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=1, default=sorted))
+        save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
+    else:
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for path in folder.glob("*.safetensors"):  # safetensors lets nobody else read what it writes
+        shutil.copymode(folder / "tokenizer_config.json", path)
+    GenerationConfig(eos_token_id=stop_ids, pad_token_id=tokenizer.pad_token_id).save_pretrained(folder)
+
+
+class Reward(NamedTuple):
+    """One reward: a function of the texts, or a model r(x, y) = head(state of the last token) - mean."""
+
+    name: str
+    weight: float = 1.0
+    function: Any = None
+    model: Any = None  # the shared base with its adapter, or a model of its own
+    role: str = ""  # the adapter
+    head: Any = None  # (1, d), fp32
+    mean: float = 0.0
+    tokenizer: Any = None  # None: reads the policy's token ids; else its text, rendered with this one's template
+
+
+def load_reward(source: str, model: Any, tokenizer: Any, args: Any, weight: float = 1.0, who: str = "reward") -> Reward:
+    """file.py:function, or a reward model: an adapter `who` on the shared base where it was trained on that base, else
+    a model of its own."""
+    if source.partition(":")[0].endswith(".py"):
+        return Reward(source, weight, load_function(source))
+    base, is_adapter = find_base(source)
+    own = load_tokenizer(source, None, args)
+    if not is_adapter:
+        model = load_base(source, args, model.device, AutoModelForSequenceClassification)
+        one = model.config.num_labels == 1 and hasattr(model, "score")
+        check(one, f"{source}: no run folder of reward.py, nor a model with one score")
+        return Reward(source, weight, None, model, who, model.score.weight.detach().float(), 0.0, own)
+    from peft import load_peft_weights
+
+    shared = base == model.get_base_model().config._name_or_path
+    model = add_adapter(model if shared else load_base(base, args, model.device), who, source, args)
+    head: Any = load_peft_weights(source, device=str(model.device)).get(HEAD_KEY)
+    width = model.get_base_model().config.hidden_size
+    check(head is not None and head.shape == (1, width), f"{source}: no reward head of {width}; from reward.py?")
+    card = json.loads(path.read_text()) if (path := Path(source, "reward.json")).is_file() else {}
+    same = shared and own.chat_template == tokenizer.chat_template
+    return Reward(source, weight, None, model, who, head.float(), card.get("mean", 0.0), None if same else own)
+
+
+def add_critic(model: Any, reward: Reward, adapter: str | None, args: Args) -> nn.Linear:
+    """The "critic" adapter and its head: both start as the reward model's where it shares the base, so that V begins as
+    r of the text so far; else as the policy's adapter and a zero head."""
+    copied = reward.model is model
+    add_adapter(model, "critic", reward.name if copied else adapter, args)
+    head = nn.Linear(model.get_base_model().config.hidden_size, 1, device=model.device)
+    head.weight.data.copy_(reward.head if copied else torch.zeros(()))
+    head.bias.data.fill_(-reward.mean if copied else 0.0)
+    return head
+
+
+def load_function(spec: str) -> Callable:
+    """The function that `file.py:function` names."""
+    file, _, name = spec.rpartition(":")
+    check(Path(file).is_file(), f"{spec}: no such file; expected file.py:function")
+    module_spec: Any = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's file raises
+        raise UserError(f"{spec}: {file} can't be loaded ({type(error).__name__}: {first_line(error)})") from error
+    check(callable(getattr(module, name, None)), f"{spec}: {file} has no function {name}")
+    return getattr(module, name)
+
+
+def call_function(function: Callable, prompts: list[dict], responses: list[str]) -> np.ndarray:
+    """function(prompts, responses, **columns) -> (B,) float64, NaN where it returned None.
+
+    What may pass, a server's 503 or a timeout, is tried three times more; a mistake in the code is not.
+    """
+    names = sorted({name for p in prompts for name in p["columns"]})  # rows may lack some
+    columns = {name: [p["columns"].get(name) for p in prompts] for name in names}
+    bugs = (TypeError, ValueError, LookupError, AttributeError, NameError, ArithmeticError, AssertionError)
+    for wait in (1, 5, 25, 0):
         try:
-            if not any(all(row.get(name) is not None for name in names) for names in columns):
-                raise BadRow("a column is missing or null")
-            examples += encode(row)
-        except BadRow as bad:
-            detail = bad.args[1] if len(bad.args) > 1 else ""
-            skipped.setdefault(bad.args[0], [0, row["_row"], detail])[0] += 1
-    total = len(rows) + skipped.get("not a JSON object", [0])[0]
-    reasons = "; ".join(
-        f"{count} {reason} (first: row {row}{': ' + str(detail) if detail else ''})"
-        for reason, (count, row, detail) in skipped.items()
-    )
-    if not examples:
-        found = ", ".join(sorted({name for row in rows for name in row if name != "_row"})) or "none"
-        expected = " | ".join(" + ".join(names) for names in columns)
-        raise UserError(f"{source}: no usable row of {total}; columns found: {found}; expected: {expected}; {reasons}")
-    print(f"data: {source}: {len(examples)} examples from {total} rows" + (f"; left out: {reasons}" if reasons else ""))
+            values = list(function([p["prompt"] for p in prompts], responses, **columns))
+            values = [x.item() if getattr(x, "ndim", 1) == 0 else x for x in values]  # of an array or tensor
+            break
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            text = f"{place.filename}:{place.lineno}: {type(error).__name__}: {first_line(error)}"
+            check(wait and not isinstance(error, bugs), f"reward function {function.__name__}: {text}")
+            tqdm.write(f"{text}; trying again in {wait} s")
+            time.sleep(wait)
+    name = f"reward function {function.__name__}"
+    check(len(values) == len(responses), f"{name} returned {len(values)} values for {len(responses)} responses")
+    for value, prompt, response in zip(values, prompts, responses, strict=True):
+        fine = value is None or (isinstance(value, int | float) and math.isfinite(value))
+        check(fine, f"{name} returned {value!r} for prompt {prompt['prompt']!r}, response {response!r}")
+    return np.array([math.nan if value is None else value for value in values], dtype=float)
+
+
+# ------------------------------------------------------------------------------------------------------------ data
+def read_rows(source: str, args: Any) -> Dataset:
+    """A hub dataset, a local file or folder; .jsonl as {"text": line}, because datasets' own reader of it stops at the
+    first bad line and turns text that looks like a date into a date."""
+    kind = Path(source.removesuffix(".gz")).suffix[1:]
+    try:
+        if kind in ("jsonl", "json", "csv", "parquet"):
+            options = {"encoding_errors": "backslashreplace"} if kind == "jsonl" else {}
+            return load_dataset("text" if kind == "jsonl" else kind, data_files=source, split="train", **options)
+        if Path(source, "state.json").is_file():
+            return load_from_disk(source)
+        return load_dataset(source, args.dataset_config, split=args.dataset_split)
+    except Exception as error:  # whatever datasets raises
+        why = first_line(error.__cause__ or error)
+        raise UserError(f"dataset {source}, split {args.dataset_split}: can't be read ({why})") from error
+
+
+def load_examples(source: str, columns: list[str], encode: Callable, tokenizer: Any, run: Run) -> Dataset:
+    """encode(row) -> examples {"key": its prompt, "length": tokens, ...} for every row; `take` gives them back.
+
+    Bad rows are counted by reason, and the first of each is shown. datasets keeps the result for the next run.
+    """
+    rows = read_rows(source, run.args)
+    lines = rows.column_names == ["text"] and ".jsonl" in source
+    names = dict(pair.split("=")[::-1] for pair in (run.args.columns or "").split(",") if "=" in pair)
+
+    def encode_row(row: dict) -> list[dict]:
+        try:
+            row = {names.get(k, k): v for k, v in (json.loads(row["text"]) if lines else row).items()}
+            json.dumps(row, ensure_ascii=False, default=str).encode()  # half a surrogate pair is no text
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise BadRow("no JSON object of text", first_line(error)) from error
+        if not any(all(row.get(name) is not None for name in names.split(" + ")) for names in columns):
+            raise BadRow("a column is missing or null", "found " + ", ".join(k for k in row if row[k] is not None))
+        return encode(row)
+
+    def encode_batch(batch: dict, numbers: list[int]) -> dict:
+        found = []
+        for i, number in enumerate(numbers):
+            try:
+                examples = encode_row({name: values[i] for name, values in batch.items()})
+                found += [(e["key"], e["length"], json.dumps(e, default=str), "") for e in examples]
+            except BadRow as bad:
+                found.append(("", 0, "", json.dumps([bad.args[0], f"row {number + 1}: {' '.join(bad.args[1:])}"])))
+        return {name: list(x) for name, *x in zip(("key", "length", "example", "bad"), *found, strict=True)}
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    flags = {k: v for k, v in asdict(run.args).items() if k in ENCODING}
+    known = repr([(k, v) for k, v in getattr(encode, "keywords", {}).items() if k != "tokenizer"])  # stop ids, windows
+    words = [tokenizer.chat_template, backend.to_str() if backend else repr(tokenizer)]
+    how = [rows._fingerprint, source, columns, flags, known, *words]
+    with run.processes.main_process_first():
+        table = rows.map(
+            encode_batch, with_indices=True, batched=True, batch_size=100, remove_columns=rows.column_names,
+            num_proc=min(8, os.cpu_count() or 1) if len(rows) > 2000 else None, desc=f"encoding {source}",
+            new_fingerprint=hashlib.sha256(json.dumps([how, Path(__file__).read_text()]).encode()).hexdigest()[:32],
+        )  # fmt: skip
+    left_out: dict[str, list] = {}
+    for bad in (json.loads(text) for text in table["bad"] if text):
+        left_out.setdefault(bad[0], [0, bad[1]])[0] += 1
+    text = "; ".join(f"{n} {reason} ({first})" for reason, (n, first) in left_out.items())
+    examples = table.select(np.flatnonzero(np.array(table["bad"]) == ""))
+    check(len(examples), f"{source}: no usable row of {len(rows)}; expected {' | '.join(columns)}; left out: {text}")
+    print(f"data: {source}: {len(examples)} examples from {len(rows)} rows" + f"; left out: {text}" * bool(text))
     return examples
 
 
-def hold_out(examples: list, eval_size: float, seed: int) -> tuple[list, list]:
-    """(training, held-out) by prompt: every example of a prompt ("key") lies on the same side; eval_size 0: none."""
-    keys = sorted({e["key"] for e in examples}, key=lambda key: hashlib.sha256(f"{seed}{key}".encode()).digest())
-    n = math.ceil(eval_size * len(keys) if eval_size < 1 else eval_size)
-    if n >= len(keys):
-        raise UserError(f"--eval_size {eval_size} holds out {n} of {len(keys)} prompts and leaves none to train on")
-    chosen = set(keys[:n])
-    return [e for e in examples if e["key"] not in chosen], [e for e in examples if e["key"] in chosen]
+def take(examples: Dataset, numbers: Any) -> list[dict]:
+    """Those examples."""
+    return [json.loads(examples[int(i)]["example"]) for i in numbers]
 
 
-def to_messages(prompt: str | list[dict]) -> list[dict]:
-    """A string prompt is one user message; a message list stays as it is."""
-    if isinstance(prompt, str):
-        return [{"role": "user", "content": prompt}]
-    if not isinstance(prompt, list) or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt):
-        raise BadRow("neither a string nor a message list", str(prompt)[:60])
-    return prompt
+def load_data(columns: list[str], encode: Callable, tokenizer: Any, run: Run) -> tuple[Dataset, Dataset]:
+    """(training, held-out) examples: --eval_dataset, tiny's own, or --eval_size of the training data, by prompt."""
+    args = run.args
+    examples = load_examples(args.dataset, columns, encode, tokenizer, run)
+    run.data = hashlib.sha256("".join(examples["example"]).encode()).hexdigest()
+    beside = Path(args.dataset).with_name(f"{Path(args.dataset).stem}_eval.jsonl")
+    if args.eval_dataset or (beside.resolve().parent == TINY and beside.is_file()):
+        return examples, load_examples(args.eval_dataset or str(beside), columns, encode, tokenizer, run)
+    keys = sorted(set(examples["key"]), key=lambda key: hashlib.sha256(f"{args.seed}{key}".encode()).digest())
+    n = math.ceil(args.eval_size * len(keys) if args.eval_size < 1 else args.eval_size)
+    check(n < len(keys), f"--eval_size {args.eval_size} holds out {n} of {len(keys)} prompts, leaves none to train on")
+    held = np.isin(examples["key"], keys[:n])
+    return examples.select(np.flatnonzero(~held)), examples.select(np.flatnonzero(held))
 
 
-def render(tokenizer: Any, messages: list[dict], add_generation_prompt: bool) -> str:
+def check_positions(model: Any, longest: int) -> None:
+    """One line instead of an index error, or of silence, where sequences are longer than the model can place."""
+    positions = getattr(model.config, "max_position_embeddings", None) or math.inf
+    check(longest <= positions, f"{longest} tokens, but the model has {positions} positions; lower --max_prompt_length")
+
+
+def to_messages(row: dict, value: Any, tokenizer: Any) -> list[dict]:
+    """A message list, with the text of a `system` column first; a string is one user message. BadRow for all that a
+    chat template would drop or garble without a word."""
+    messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
+    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+        raise BadRow("neither a string nor a message list", repr(value)[:60])
+    messages = [{k: v for k, v in m.items() if v is not None} for m in messages]
+    if row.get("system") and messages[0].get("role") != "system":
+        messages = [{"role": "system", "content": row["system"]}, *messages]
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    for m in messages:
+        if m.keys() != {"role", "content"} or row.get("tools"):
+            raise BadRow("`tools`, or a message with more or less than role and content", ", ".join(m))
+        known = m["role"] in ("system", "user", "assistant") and isinstance(m["content"], str) and m["content"].strip()
+        if not known:
+            raise BadRow("a message without text, or of another role", repr(m)[:60])
+        for mark in (*special, "\n\nHuman:"):  # it would end the turn, or forge one
+            if mark in m["content"]:
+                raise BadRow("a special token or a turn inside the text", repr(mark))
+    return messages
+
+
+def render(tokenizer: Any, messages: list[dict], add_generation_prompt: bool = False) -> str:
     """The chat template's text; a template that refuses the messages (roles, order) makes the row a bad one."""
-    from jinja2 import TemplateError  # the chat template engine of transformers
-
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except (TemplateError, TypeError, KeyError, ValueError) as error:
-        raise BadRow("refused by the chat template", str(error)) from error
+    except Exception as error:  # jinja2's, or what the template's own code raises
+        raise BadRow("refused by the chat template", first_line(error)) from error
 
 
-def tokenize(tokenizer: Any, text: str) -> list[int]:
-    """Token ids with exactly one BOS where the tokenizer is one that adds it, whether the text has it or not."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+def one_bos(tokenizer: Any, ids: list[int]) -> list[int]:
+    """Token ids with exactly one BOS where the tokenizer is one that adds it, whether the template has it or not."""
     bos = tokenizer.bos_token_id
-    if bos is not None and tokenizer("a")["input_ids"][0] == bos and ids[:1] != [bos]:
-        ids = [bos] + ids
-    while bos is not None and ids[:2] == [bos, bos]:
-        ids = ids[1:]
-    return ids
+    n = next((t for t, token in enumerate(ids) if token != bos), len(ids))
+    wanted = bos is not None and (n > 0 or tokenizer("a")["input_ids"][:1] == [bos])
+    return [bos] * wanted + ids[n:]
 
 
-def encode_prompt(tokenizer: Any, prompt: str | list[dict]) -> list[int]:
+def encode_prompt(tokenizer: Any, messages: list[dict]) -> list[int]:
     """Token ids of a prompt up to the point where the assistant begins to write."""
-    return tokenize(tokenizer, render(tokenizer, to_messages(prompt), True))
-
-
-def encode_response(tokenizer: Any, prompt: str | list[dict], response: str, stop_ids: list[int]) -> list[int]:
-    """Token ids of `response` as the continuation of encode_prompt(prompt), up to and with the token that ends it.
-
-    The rendered prompt must be a prefix of the rendered conversation: else the model would be trained on text that it
-    is never asked to continue, so BadRow shows both sides of the boundary.
-    """
-    messages = to_messages(prompt)
-    before = render(tokenizer, messages, True)
-    whole = render(tokenizer, [*messages, {"role": "assistant", "content": response}], False)
-    if not whole.startswith(before):
-        at = len(os.path.commonprefix([before, whole]))
-        start = before[max(0, at - 20) : at]
-        detail = f"after {start!r} the prompt has {before[at:][:30]!r}, with its response {whole[at:][:30]!r}"
-        raise BadRow("chat template: the prompt is no prefix of prompt + response", detail)
-    prompt_ids, ids = tokenize(tokenizer, before), tokenize(tokenizer, whole)
-    if ids[: len(prompt_ids)] == prompt_ids:
-        ids = ids[len(prompt_ids) :]
-    else:  # a token would straddle the boundary: the model will have to start afresh there, so do we
-        ids = tokenizer(whole[len(before) :], add_special_tokens=False)["input_ids"]
-    end = next((t for t, token in enumerate(ids) if token in stop_ids), None)
-    return ids[: end + 1] if end is not None else [*ids, tokenizer.eos_token_id]
+    if messages[-1]["role"] == "assistant":
+        raise BadRow("the prompt ends with an assistant turn")
+    return one_bos(tokenizer, tokenizer(render(tokenizer, messages, True), add_special_tokens=False)["input_ids"])
 
 
 def encode_rl(row: dict, tokenizer: Any, max_prompt_length: int) -> list[dict]:
-    """One row -> [{"ids", "prompt", "columns", "key"}]; columns are what reward functions may want."""
-    if not any(str(m["content"]).strip() for m in to_messages(row["prompt"])):
-        raise BadRow("empty prompt")
-    ids = encode_prompt(tokenizer, row["prompt"])
+    """One row -> its prompt: {"ids", "prompt" as given, "messages", "columns" (for reward functions), ...}."""
+    messages = to_messages(row, row["prompt"], tokenizer)
+    ids = encode_prompt(tokenizer, messages)
     if len(ids) > max_prompt_length:
         raise BadRow(f"prompt over {max_prompt_length} tokens")
-    columns = {k: v for k, v in row.items() if k not in ("prompt", "_row")}
-    return [{"ids": ids, "prompt": row["prompt"], "columns": columns, "key": json.dumps(row["prompt"])}]
+    columns = {name: value for name, value in row.items() if name != "prompt"}
+    clash = columns.keys() & {"prompts", "responses"}
+    check(not clash, f"--dataset: column {', '.join(clash)}: reward functions take that name themselves; rename it")
+    example = {"ids": ids, "prompt": row["prompt"], "messages": messages, "columns": columns}
+    return [{**example, "key": json.dumps(messages), "length": len(ids)}]
 
 
-def batch_indices(step: int, lengths: list[int], batch_size: int, seed: int) -> list[int]:
+def load_ptx(tokenizer: Any, run: Run) -> Dataset:
+    """Token windows of --ptx_dataset's `text` for PPO-ptx."""
+    window = run.args.max_prompt_length + run.args.max_response_length
+
+    def encode(row: dict) -> list[dict]:
+        ids = tokenizer(str(row["text"]))["input_ids"] + [tokenizer.eos_token_id]
+        parts = [ids[i : i + window] for i in range(0, len(ids), window) if len(ids) > i + 1]
+        return [{"ids": part, "key": "", "length": len(part)} for part in parts]
+
+    return load_examples(run.args.ptx_dataset, ["text"], encode, tokenizer, run)
+
+
+def batch_indices(step: int, lengths: Any, batch_size: int, seed: int) -> list[int]:
     """Rows of batch `step`: a new permutation each epoch, a function of (seed, step), so resuming needs no cursor.
 
-    The longest rows come first of all, so that a batch too large for the memory fails at once and not after hours;
-    with --tokens_per_micro_batch a later pass may fill its bound further.
+    The longest rows come first of all, so that a batch too large for the memory fails at once and not after hours.
     """
     n = len(lengths)
     indices: list[int] = []
@@ -495,1215 +1159,448 @@ def batch_indices(step: int, lengths: list[int], batch_size: int, seed: int) -> 
     return indices
 
 
-# ------------------------------------------------------------------------------------------------------ token rows
-class Rows(NamedTuple):
-    """Token rows ready for a forward pass: R rows of L columns that hold S responses of up to T supervised tokens.
+# ------------------------------------------------------------------------------------------------------- flat rows
+class Row(NamedTuple):
+    """One flat row of N tokens without padding, [prompt A][y1][y2][prompt B][y3]..., with n supervised tokens.
 
-    Token i of a row sees token j <= i of the same group if j is in the prompt (segment 1) or in i's own segment; so one
-    row can hold several responses to one prompt, or several examples, and each is computed as if it were alone.
+    Token i sees token j <= i of the same group if j is in the prompt (segment 0) or in i's own response (1, 2, ...);
+    positions go on from the prompt in each response: so each is computed as if it were alone with its prompt.
     """
 
-    mixed: bool  # some row holds more than prompt + one response
-    input_ids: Tensor  # (R, L)
-    position_ids: Tensor  # (R, L), counted within prompt + own segment
-    group: Tensor  # (R, L), 0 = padding
-    segment: Tensor  # (R, L), 1 = prompt, 2, 3, ... = a response
-    state: Tensor  # (S, T), index into the flattened (R * L) of the hidden state that predicts token t
-    targets: Tensor  # (S, T), the token ids
-    mask: Tensor  # (S, T), 1 = a real token
-    last: Tensor  # (S,), index into the flattened (R * L) of each response's last token
+    ids: Tensor  # (N,)
+    positions: Tensor  # (N,)
+    group: Tensor  # (N,), which prompt
+    segment: Tensor  # (N,)
+    before: Tensor  # (n,), where the state stands that predicts each supervised token
+    targets: Tensor  # (n,), that token
+    at: tuple[Tensor, Tensor]  # which response (n,), and which of its tokens (n,): where tables (B, T) have it
+    last: Tensor  # (k,), the last token of each of the row's k responses
+    numbers: list[int]  # (k,), which responses
 
 
-Part = tuple[list[int], int, int, int]  # a run of tokens in a row: ids, first position, group, segment
-Spot = tuple[int, int, int, int]  # a supervised token: row, column of the state that predicts it, own column, id
+def flat_row(groups: list[list[int]], prompts: list, responses: list, masks: list | None, device: Any) -> Row:
+    """One row of these groups; a group is the numbers of responses to one prompt."""
+    cells: list[tuple] = []  # of each token: id, position, group, segment, column before it, response, place, counts
+    last = []
+    for g, members in enumerate(groups):
+        prompt = prompts[members[0]]
+        cells += [(token, t, g, 0, 0, 0, 0, 0) for t, token in enumerate(prompt)]
+        end, n = len(cells) - 1, len(prompt)  # the state at `end` predicts the first token of every response
+        for s, i in enumerate(members, 1):
+            start, mask = len(cells) - 1, masks[i] if masks else [1] * len(responses[i])
+            tokens = zip(responses[i], mask, strict=True)
+            cells += [(y, n + t, g, s, start + t if t else end, i, t, m) for t, (y, m) in enumerate(tokens)]
+            last.append(len(cells) - 1)
+    table = torch.from_numpy(np.array(cells).T)
+    ids, positions, group, segment = table[:4].to(device)
+    before, targets, response, place = table[[4, 0, 5, 6]][:, table[7] > 0].to(device)
+    numbers = [i for members in groups for i in members]
+    return Row(
+        ids, positions, group, segment, before, targets, (response, place), torch.tensor(last).to(device), numbers
+    )
 
 
-def build_rows(rows: list[list[Part]], spots: list[list[Spot]], pad_id: int, device: Any, n_tokens: int = 0) -> Rows:
-    """Rows of parts, and the supervised tokens of each response -> Rows.
-
-    Masks come from lengths, never from comparing ids with pad_id: in many chat models pad is EOS. T >= `n_tokens`.
-    """
-    n_columns = max(sum(len(part[0]) for part in row) for row in rows)
-    table = np.zeros((4, len(rows), n_columns), dtype=np.int64)  # input_ids, position_ids, group, segment
-    table[0] = pad_id
-    for r, row in enumerate(rows):
-        column = 0
-        for ids, position, group, segment in row:
-            at = slice(column, column + len(ids))
-            table[0, r, at], table[1, r, at] = ids, np.arange(position, position + len(ids))
-            table[2, r, at], table[3, r, at] = group, segment
-            column += len(ids)
-    n_tokens = max(n_tokens, max(len(spot) for spot in spots))
-    where = np.zeros((3, len(spots), n_tokens), dtype=np.int64)  # state, targets, mask
-    for s, spot in enumerate(spots):
-        for t, (r, before, _, target) in enumerate(spot):
-            where[:, s, t] = r * n_columns + before, target, 1
-    last = np.array([spot[-1][0] * n_columns + spot[-1][2] for spot in spots])
-    tensors = [torch.from_numpy(a).to(device) for a in (*table, *where, last)]
-    return Rows(any(len(row) > 2 or len({part[2] for part in row}) > 1 for row in rows), *tensors)
-
-
-def additive_mask(
-    seen: Tensor, positions: tuple[Tensor, Tensor], config: Any, dtype: torch.dtype
-) -> Tensor | dict[str, Tensor]:
-    """What Q tokens see of K, (R, Q, K), and positions of both, (R, Q) and (R, K) -> 0 or the minimum, (R, 1, Q, K).
-
-    By layer type where windows occur; they count positions, not columns. A boolean mask would be wrong under eager
-    attention.
-    """
-    zero, minimum = torch.zeros((), dtype=dtype, device=seen.device), torch.finfo(dtype).min
-    full, window = torch.where(seen, zero, minimum)[:, None], getattr(config, "sliding_window", None)
-    if not window:
-        return full
-    near = positions[0][:, :, None] - positions[1][:, None] < window
-    windowed = torch.where(seen & near, zero, minimum)[:, None]
-    if getattr(config, "layer_types", None) is None:
-        return windowed
-    return {"full_attention": full, "sliding_attention": windowed}
-
-
-def attention_mask(rows: Rows, config: Any, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
-    """(R, L) padding mask, or for mixed rows the additive mask (R, 1, L, L), by layer type where windows occur."""
-    if not rows.mixed:
-        return (rows.group > 0).long()
-    i, j = rows.segment[:, :, None], rows.segment[:, None, :]
-    seen = (rows.group[:, :, None] == rows.group[:, None, :]) & ((i == j) | (j == 1))
-    seen &= torch.ones_like(seen[0]).tril()
-    return additive_mask(seen, (rows.position_ids, rows.position_ids), config, dtype)
-
-
-Group = tuple[list[int], list[list[int]]]  # prompt ids and the ids of the responses to it
-
-
-def fill_rows(lengths: list[int], width: int) -> list[list[int]]:
-    """Pieces of these lengths into rows of up to `width` columns, first fit decreasing -> the numbers of each row's."""
+def flat_rows(
+    groups: list[list[int]], prompts: list, responses: list, model: Any, limit: int, masks: list | None = None
+) -> list[Row]:
+    """Groups, the numbers of responses to one prompt, in rows of up to `limit` tokens, first fit decreasing; a longer
+    group goes alone. masks: which tokens of each response are supervised; None: all."""
+    if model.config.model_type not in FLAT_ROW_MODELS:  # no plain attention: one response per row, no mask
+        groups, limit = [[i] for group in groups for i in group], 0
+    sizes = [len(prompts[group[0]]) + sum(len(responses[i]) for i in group) for group in groups]
     rows: list[list[int]] = []
     free: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        r = next((r for r, columns in enumerate(free) if columns >= lengths[i]), len(rows))
+    for g in sorted(range(len(groups)), key=lambda g: -sizes[g]):
+        r = next((r for r, room in enumerate(free) if room >= sizes[g]), len(rows))
         if r == len(rows):  # fits nowhere
             rows.append([])
-            free.append(width)
-        rows[r].append(i)
-        free[r] -= lengths[i]
-    return rows
+            free.append(limit)
+        rows[r].append(g)
+        free[r] -= sizes[g]
+    return [flat_row([groups[g] for g in sorted(row)], prompts, responses, masks, model.device) for row in rows]
 
 
-def micro_batches(order: Sequence[int], columns: Callable[[list[int]], int], args: Any) -> list[list[int]]:
-    """`order` cut for one pass each: --micro_batch_size numbers, or fewer, whose rows have --tokens_per_micro_batch."""
-    rest, batches = list(order), []
-    while rest:
-        n = min(len(rest), args.micro_batch_size)
-        if args.tokens_per_micro_batch:
-            within = bisect.bisect_right(range(1, n + 1), args.tokens_per_micro_batch, key=lambda k: columns(rest[:k]))
-            n = max(1, within)
-        batches.append(rest[:n])
-        rest = rest[n:]
-    return batches
+def sees(row: Row, window: int = 0) -> Callable[..., Tensor]:
+    """The rule of who sees whom, as FlexAttention asks for it; a window counts positions, not columns."""
+
+    def rule(batch: Any, head: Any, i: Tensor, j: Tensor) -> Tensor:
+        same_response = (row.segment[j] == 0) | (row.segment[i] == row.segment[j])
+        seen = (j <= i) & (row.group[i] == row.group[j]) & same_response
+        return seen & (row.positions[i] - row.positions[j] < window) if window else seen
+
+    return rule
 
 
-def cheapest_rows(groups: list[Group], config: Any) -> tuple[int, int]:
-    """(width, columns in all) of rows [prompt][y1][y2]... of one or more groups; width 0: a padded row per response.
+def attention_mask(row: Row, config: Any, dtype: torch.dtype) -> Any:
+    """The row's mask, by layer type where windows occur: a BlockMask for FlexAttention, else additive, (1, 1, N, N).
 
-    Per layer a token costs about 24 d^2 multiplications in the matrices and 4 L d in the attention of a row of L; a row
-    with several responses pays for every masked pair. Models without plain attention always take padded rows.
+    None where causal attention will do. A boolean mask would be wrong under eager attention.
     """
-    apart = [len(prompt) + len(y) for prompt, responses in groups for y in responses]
-    if config.model_type not in SHARED_ROW_MODELS:
-        return 0, len(apart) * max(apart)
-    together = [len(prompt) + sum(map(len, responses)) for prompt, responses in groups]
-    layouts = [(0, len(apart), max(apart))]  # width asked for, rows, and columns that each comes to
-    for width in (max(together) * sixteenths // 16 for sixteenths in range(16, 33)):
-        rows = fill_rows(together, width)
-        layouts.append((width, len(rows), max(sum(together[g] for g in row) for row in rows)))
-    asked, n, width = min(layouts, key=lambda rows: rows[1] * rows[2] * (24 * config.hidden_size + 4 * rows[2]))
-    return asked, n * width
+    flex, n, device = config._attn_implementation == "flex_attention", len(row.ids), row.ids.device
+    if not flex and len(row.numbers) == 1:
+        return None
+    i = torch.arange(n, device=device)
+
+    def mask(window: int) -> Any:
+        if flex:
+            return create_block_mask(sees(row, window), None, None, n, n, device=device)
+        hidden = ~sees(row, window)(0, 0, i[:, None], i)
+        return torch.zeros(n, n, dtype=dtype, device=device).masked_fill(hidden, torch.finfo(dtype).min)[None, None]
+
+    window = getattr(config, "sliding_window", None) or 0
+    if not window or getattr(config, "layer_types", None) is None:
+        return mask(window)
+    return {"full_attention": mask(0), "sliding_attention": mask(window)}
 
 
-def row_width(groups: list[Group], config: Any) -> int:
-    """The width of the cheapest rows."""
-    return cheapest_rows(groups, config)[0]
-
-
-def lay_out(groups: list[Group], row_columns: int, pad_id: int, device: Any, n_tokens: int = 0) -> Rows:
-    """Groups -> Rows, responses in order; `row_columns` 0: each in a padded row, else rows [prompt][y1][y2]... .
-
-    A row holds the groups that fit into `row_columns`, and one that alone is wider.
-    """
-    alone = [(prompt, [y]) for prompt, responses in groups for y in responses]
-    units = groups if row_columns else alone
-    lengths = [len(prompt) + sum(map(len, responses)) for prompt, responses in units]
-    rows: list[list[Part]] = []
-    spots: list[list[list[Spot]]] = [[] for _ in units]
-    for r, members in enumerate(sorted(map(sorted, fill_rows(lengths, row_columns)))):
-        rows.append([])
-        column = 0
-        for number, unit in enumerate(members, 1):
-            prompt, responses = units[unit]
-            rows[r].append((prompt, 0, number, 1))
-            column += len(prompt)
-            end = column - 1  # of the prompt: the state before each response
-            for k, y in enumerate(responses):
-                rows[r].append((y, len(prompt), number, 2 + k))
-                before = [end, *range(column, column + len(y) - 1)]  # where the state before each token stands
-                spots[unit].append([(r, before[t], column + t, token) for t, token in enumerate(y)])
-                column += len(y)
-    return build_rows(rows, [spot for unit in spots for spot in unit], pad_id, device, n_tokens)
-
-
-Micro = tuple[list[int], Rows]  # numbers of the responses, and their rows
-
-
-def lay_out_rollout(
-    groups: list[Group], n_minibatches: int, args: Any, config: Any, pad_id: int, device: Any
-) -> list[list[Micro]]:
-    """All responses as minibatches of micro-batches, laid out once for every pass of every role.
-
-    The same rows serve old log-probs, reference, values, scores and updates, so the first ratio is 1 to rounding. Which
-    minibatch a response belongs to depends on its place alone: micro-batches change memory, not the result.
-    """
-    owners = [g for g, (_, responses) in enumerate(groups) for _ in responses]
-    ids = [y for _, responses in groups for y in responses]
-    longest = [len(prompt) + max(map(len, responses)) for prompt, responses in groups]
-    n_tokens = max(map(len, ids))
-
-    def grouped(numbers: list[int]) -> list[Group]:
-        same_prompt = itertools.groupby(numbers, key=lambda i: owners[i])
-        return [(groups[g][0], [ids[i] for i in members]) for g, members in same_prompt]
-
-    minibatches: list[list[Micro]] = []
-    for part in np.array_split(np.arange(len(ids)), n_minibatches):
-        order = sorted(part.tolist(), key=lambda i: longest[owners[i]])  # similar lengths: little padding
-        minibatches.append([])
-        for numbers in micro_batches(order, lambda some: cheapest_rows(grouped(some), config)[1], args):
-            some = grouped(numbers)
-            rows = lay_out(some, row_width(some, config), pad_id, device, n_tokens)
-            minibatches[-1].append((numbers, rows))
-    return minibatches
-
-
-# ----------------------------------------------------------------------------------------------------------- model
-def find_adapter(source: str, revision: str | None) -> Path | None:
-    """The folder of a PEFT adapter (a run folder or a hub id), None where `source` is a whole model."""
-    if Path(source).is_dir():
-        return Path(source) if (Path(source) / "adapter_config.json").is_file() else None
-    from transformers.utils import cached_file
-
-    try:
-        for name in ("args.json", "reward.json", "adapter_model.safetensors", "adapter_config.json"):
-            found = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
-        return Path(str(found)).parent if found else None
-    except OSError as error:
-        raise UserError(f"{source}: no such folder, and not to be had from the hub ({type(error).__name__})") from error
-
-
-def find_base(adapter: Path) -> str:
-    """The base that an adapter names; a relative path may also be relative to a parent of the adapter's folder."""
-    name = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
-    candidates = [Path(name), *(parent / name for parent in adapter.resolve().parents)]
-    found = next((path for path in candidates if (path / "config.json").is_file()), None)
-    if found is None and Path(name).is_absolute():
-        raise UserError(f"{adapter}/adapter_config.json: base model {name} is not there; move it back or edit it")
-    return str(found.resolve()) if found else name
-
-
-def load_tokenizer(source: str, chat_template: str | None, args: Any) -> Any:
-    """Tokenizer with a chat template (`plain` where the model has none) and, for rows, some pad token."""
-    try:
-        revision = args.revision if source == args.model else None
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source}: no tokenizer there ({str(error).splitlines()[0]})") from error
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{source}: the tokenizer has no EOS token; a response could never end")
-    templates = {"plain": PLAIN_TEMPLATE, "text": TEXT_TEMPLATE}
-    if chat_template is None:
-        tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
-    elif chat_template not in templates and not Path(chat_template).is_file():
-        raise UserError(f"--chat_template {chat_template}: not `plain`, not `text` and no such file")
-    else:
-        tokenizer.chat_template = templates.get(chat_template) or Path(chat_template).read_text(encoding="utf-8")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # harmless: masks come from lengths
-    return tokenizer
-
-
-def find_stop_ids(tokenizer: Any, generation_config: Any) -> list[int]:
-    """Tokens that end a response: the tokenizer's EOS, the model's own list, and the template's end of turn."""
-    ids = {tokenizer.eos_token_id}
-    if generation_config is not None and generation_config.eos_token_id is not None:
-        eos = generation_config.eos_token_id
-        ids |= set(eos) if isinstance(eos, list) else {eos}
-    user = [{"role": "user", "content": "a"}]
-    try:
-        whole = render(tokenizer, [*user, {"role": "assistant", "content": "XYZ"}], False)
-    except BadRow as bad:
-        raise UserError(f"chat template: {bad.args[0]} ({bad.args[1]})") from bad
-    after = tokenizer(whole.rpartition("XYZ")[2].lstrip(), add_special_tokens=False)["input_ids"]
-    token = tokenizer.added_tokens_decoder.get(after[0]) if after else None
-    if token is not None and token.special:
-        ids.add(after[0])
-    return sorted(ids)
-
-
-def base_identity(base: str) -> str:
-    """Hash of the config and of the weight files' names, sizes and some bytes: adapters of one base agree in it."""
-    from transformers.utils import cached_file
-
-    config = Path(str(cached_file(base, "config.json")))
-    ignored = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
-    settings = {k: v for k, v in json.loads(config.read_text()).items() if k not in ignored}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for file in sorted([*config.parent.glob("*.safetensors"), *config.parent.glob("*.bin")]):
-        with file.open("rb") as stream:
-            digest.update(f"{file.name} {file.stat().st_size}".encode())
-            for sixteenth in range(16):  # the beginning alone is a header: names and shapes
-                stream.seek(file.stat().st_size * sixteenth // 16)
-                digest.update(stream.read(4096))
-    return digest.hexdigest()[:16]
-
-
-def load_base(base: str, args: Any, device: Any, kind: Any = None) -> Any:
-    """The model (of class `kind`; by default a causal language model) in eval mode; nf4: double quantisation."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns on import that an optional package is missing
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")  # about calls between the two
-    transformers.utils.logging.disable_progress_bar()
-    kind, dtype = kind or AutoModelForCausalLM, getattr(torch, args.dtype)
-    options: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
-    options["revision"] = args.revision if base == args.model else None
-    try:
-        if args.quant == "nf4":
-            options["device_map"] = {"": device}
-            options["quantization_config"] = BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=["lm_head", "score"],
-            )  # fmt: skip
-        model = kind.from_pretrained(base, dtype=dtype, **options).to(device).eval()
-    except (OSError, ValueError) as error:
-        raise UserError(f"model {base}: can't be loaded ({str(error).splitlines()[0]})") from error
-    if device.type == "cpu" and model.num_parameters() < 10**7:
-        torch.set_num_threads(1)  # so small a model gains little from threads, and loses much where cores are shared
-    for module in model.modules():  # on CPUs with AVX512-BF16 bitsandbytes would repack 4-bit weights at the first eval
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # pass, and packed weights pass no gradient to their input
-            module.support_avx512bf16_for_cpu = False
-            if device.type == "cpu" and module.in_features % 64 in (16, 32, 48):
-                raise UserError(f"model {base}: bitsandbytes misreads {module.in_features} inputs on CPU; --quant none")
-    probe = [token % model.config.vocab_size for token in range(8)]
-    with torch.no_grad():
-        logits = model(torch.tensor([probe], device=device)).logits.float()
-        if model.get_output_embeddings() is not None:
-            ours = lm_logits(model, hidden_states(model, build_rows([[(probe, 0, 1, 1)]], [[(0, 0, 1, 0)]], 0, device)))
-            if (ours.float() - logits).norm() > 0.05 * logits.norm():
-                raise UserError(
-                    f"model {base}: {model.config.model_type} scales its logits after lm_head; not supported"
-                )
-    return model
-
-
-def choose_precision(args: Any, adapter: Path | None, device: Any) -> tuple[Any, Any]:
-    """(quant, dtype) with every "auto" resolved: the run folder's record, else NF4 on a GPU and none elsewhere."""
-    recorded = json.loads((adapter / "args.json").read_text()) if adapter and (adapter / "args.json").is_file() else {}
-    quant = args.quant
-    if quant == "auto":
-        quant = recorded.get("quant") or ("nf4" if device.type == "cuda" else "none")
-    old_gpu = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8
-    if old_gpu:
-        print("model: this GPU has no bfloat16 (compute capability below 8.0); computing in float32")
-    dtype = args.dtype
-    if args.lora_r == 0:  # all weights train: not in 4 bits, and small updates would be lost in bfloat16
-        quant, dtype = "none" if args.quant == "auto" else quant, "float32" if dtype == "auto" else dtype
-    if dtype == "auto":
-        half = (quant == "nf4" or device.type == "cuda") and not old_gpu
-        dtype = "bfloat16" if half else "float32"
-    return quant, dtype
-
-
-def no_dropout(model: Any) -> None:
-    """Set every dropout to 0: two passes over the same tokens must agree (in RL their ratio is trained on)."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
-
-
-def load_model(args: Any, device: Any) -> tuple[Any, Any, list[int], Path | None, str]:
-    """(base model, tokenizer, stop ids, adapter folder or None, base path or id) of --model; settles "auto" in args."""
-    adapter = find_adapter(args.model, args.revision)
-    base = find_base(adapter) if adapter else args.model
-    base = str(Path(base).resolve()) if Path(base).is_dir() else base
-    args.quant, args.dtype = choose_precision(args, adapter, device)
-    has_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(str(adapter) if has_tokenizer else base, args.chat_template, args)
-    model = load_base(base, args, device)
-    if device.type == "cuda" if args.gradient_checkpointing is None else args.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    no_dropout(model)
-    return model, tokenizer, find_stop_ids(tokenizer, model.generation_config), adapter, base
-
-
-def add_adapter(model: Any, name: str, folder: Path | None, args: Any) -> Any:
-    """Put a LoRA adapter called `name` on the model, new or read from `folder`; returns the PEFT model.
-
-    A head in the folder is left to load_head: inside PEFT it would be trained, saved and switched with the adapter.
-    """
-    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
-
-    if folder is None:
-        config = LoraConfig(
-            r=args.lora_r or 16, lora_alpha=args.lora_alpha or 2 * (args.lora_r or 16), lora_dropout=0.0,
-            target_modules=args.lora_target_modules or "all-linear", task_type="CAUSAL_LM",
-        )  # fmt: skip
-    else:
-        config = LoraConfig.from_pretrained(str(folder))
-        given = {"lora_r": config.r, "lora_alpha": config.lora_alpha, "lora_target_modules": config.target_modules}
-        for flag, loaded in given.items():
-            asked = getattr(args, flag)
-            if asked and (set(asked) != set(loaded) if flag == "lora_target_modules" else asked != loaded):
-                raise UserError(f"--{flag} {asked} contradicts {folder}, trained with {loaded}; drop the flag")
-        config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, False
-        config.lora_dropout, config.base_model_name_or_path = 0.0, None
-    if hasattr(model, "peft_config"):
-        model.add_adapter(name, config)
-    else:
-        model = get_peft_model(model, config, adapter_name=name)
-    if folder is not None:
-        if not (folder / "adapter_model.safetensors").is_file():
-            raise UserError(f"{folder}: adapter_model.safetensors is missing; is the run unfinished?")
-        try:
-            weights = load_file(folder / "adapter_model.safetensors")
-        except SafetensorError as error:
-            raise UserError(f"{folder}: adapter_model.safetensors is damaged ({error})") from error
-        weights.pop(HEAD_KEY, None)
-        shapes = {k.replace(f".{name}.", "."): v.shape for k, v in model.state_dict().items() if f".{name}." in k}
-        if shapes != {k: v.shape for k, v in weights.items()}:
-            raise UserError(f"{folder}: adapter_model.safetensors does not fit this base model's layers")
-        set_peft_model_state_dict(model, weights, adapter_name=name)
-    return model
-
-
-@contextlib.contextmanager
-def role(model: Any, name: str, grad: bool = False) -> Iterator[None]:
-    """Give the shared base one role: its adapter, train mode with gradients or eval mode without, requires_grad.
-
-    A role without an adapter of its own ("reference" of a bare base) runs with the adapters off. Forward and backward
-    belong in one such block: switching before backward gives silently wrong gradients.
-    """
-    parameters = dict(model.named_parameters())
-    before, active, training = {n: p.requires_grad for n, p in parameters.items()}, model.active_adapter, model.training
-    try:
-        known = name in model.peft_config
-        with contextlib.nullcontext() if known else model.disable_adapter(), torch.set_grad_enabled(grad):
-            if known:
-                model.set_adapter(name)
-            for n, p in parameters.items():
-                p.requires_grad_(grad and f".{name}." in n)
-            model.train(grad)  # train mode: checkpointing works; eval mode: the KV cache works
-            yield
-    finally:
-        model.set_adapter(active)
-        model.train(training)
-        for n, p in parameters.items():
-            p.requires_grad_(before[n])
-
-
-def adapter_parameters(model: Any, name: str) -> list[nn.Parameter]:
-    """The trainable tensors of one adapter."""
-    return [p for n, p in model.named_parameters() if f".{name}." in n]
-
-
-def hidden_states(model: Any, rows: Rows) -> Tensor:
-    """Last hidden states (R, L, d) of the backbone, without the language-model head."""
-    causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
-    backbone = getattr(causal_lm, causal_lm.base_model_prefix)
-    mask = attention_mask(rows, causal_lm.config, causal_lm.dtype)
-    output = backbone(input_ids=rows.input_ids, attention_mask=mask, position_ids=rows.position_ids, use_cache=False)
-    return output.last_hidden_state
+def hidden_states(model: Any, row: Row) -> Tensor:
+    """Last hidden states (N, d) in the active role."""
+    model = model.get_base_model() if hasattr(model, "peft_config") else model
+    mask, half = attention_mask(row, model.config, model.dtype), row.ids.is_cuda and model.dtype == torch.bfloat16
+    given: dict[str, Any] = {"input_ids": row.ids[None], "position_ids": row.positions[None], "attention_mask": mask}
+    with torch.autocast("cuda", torch.bfloat16, enabled=half):  # else LoRA's fp32 weights cast all activations to fp32
+        return model.base_model(**given, use_cache=False).last_hidden_state[0]
 
 
 def lm_logits(model: Any, hidden: Tensor) -> Tensor:
     """(..., d) -> (..., vocabulary), with Gemma 2's soft cap where the config has one."""
-    causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
-    logits = causal_lm.get_output_embeddings()(hidden)
-    cap = getattr(causal_lm.config, "final_logit_softcapping", None)
-    return logits if cap is None else cap * torch.tanh(logits / cap)
+    logits, cap = model.get_output_embeddings()(hidden), getattr(model.config, "final_logit_softcapping", None)
+    return cap * torch.tanh(logits / cap) if cap else logits
 
 
-def logits_chunk(config: Any) -> int:
-    """How many tokens have logits at a time: enough for a fast product, else 32 MiB of them in fp32."""
-    return max(128, 2**23 // config.vocab_size)
-
-
-def response_logprobs(
-    model: Any, rows: Rows, temperature: float = 1.0, all_gradients: bool = False, detached: bool = False
+def token_logprobs(
+    model: Any, row: Row, temperature: float = 1.0, entropy_grad: bool = False, detached: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies (S, T) of the supervised tokens under the active role; 0 where the mask is 0.
+    """Log-probs and entropies (n,) of the row's supervised tokens in the active role, fp32; `detached`: no gradients.
 
-    The entropies have gradients only with all_gradients; with `detached` nothing has. (S, T) states are picked by
-    index_select, whose backward adds in a fixed order on CPU; plain indexing does not.
+    States are picked by index_select, whose backward adds in a fixed order on CPU; plain indexing does not.
     """
-    real = rows.mask.bool()
-    states = hidden_states(model, rows).flatten(0, 1).index_select(0, rows.state[real])
-    causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
-    if detached:
-        states = states.detach()
-    else:
-        all_gradients |= any(p.requires_grad for p in causal_lm.get_output_embeddings().parameters())
-    chunk_size = logits_chunk(causal_lm.config)
-    values = chunked_logprobs(
-        lambda h: lm_logits(model, h), states, rows.targets[real], temperature, chunk_size, all_gradients
+    states = hidden_states(model, row).index_select(0, row.before)
+    states = states.detach() if detached else states
+    trained_head = any(p.requires_grad for p in model.get_output_embeddings().parameters())
+    chunk_size = max(128, 2**23 // model.config.vocab_size)
+    return chunked_logprobs(
+        lambda h: lm_logits(model, h), states, row.targets, temperature, chunk_size, entropy_grad or trained_head
     )
-    logprobs, entropy = (torch.zeros(real.shape, device=v.device).masked_scatter(real, v) for v in values)
-    return logprobs, entropy
 
 
-def load_head(folder: Path, hidden_size: int, device: Any) -> nn.Linear:
-    """The reward head of a run folder: (1, d), fp32, no bias; its absence is an error, never a random head."""
-    weights = load_file(folder / "adapter_model.safetensors")
-    if HEAD_KEY not in weights:
-        raise UserError(
-            f"{folder}: no reward head ({HEAD_KEY} is missing in adapter_model.safetensors); from reward.py?"
-        )
-    if weights[HEAD_KEY].shape != (1, hidden_size):
-        raise UserError(f"{folder}: the head is {tuple(weights[HEAD_KEY].shape)}, this base needs (1, {hidden_size})")
-    head = nn.Linear(hidden_size, 1, bias=False, device=device, dtype=torch.float32)
-    head.weight.data.copy_(weights[HEAD_KEY])
-    return head
+def values_of(model: Any, head: nn.Linear, row: Row) -> Tensor:
+    """V (n,): the head applied, in fp32, to the state before each response token, in the active role."""
+    return head(hidden_states(model, row).index_select(0, row.before).float()).squeeze(-1)
 
 
-def head_values(model: Any, head: nn.Linear, rows: Rows) -> Tensor:
-    """(S, T): the head applied, in fp32, to the state that stands before each response token; 0 where the mask is 0."""
-    real = rows.mask.bool()
-    states = hidden_states(model, rows).flatten(0, 1).index_select(0, rows.state[real])
-    return torch.zeros(real.shape, device=states.device).masked_scatter(real, head(states.float()).squeeze(-1))
+def role_tables(model: Any, who: str, rows: list[Row], mask: Tensor, compute: Any, grad: bool = False) -> list[Tensor]:
+    """Tables (B, T) of what compute(row) says of each response token in the role `who`, detached."""
+    with role(model, who, grad):
+        parts = [[x.detach() for x in compute(row)] for row in rows]
+    tables = [torch.zeros(mask.shape, device=mask.device) for _ in parts[0]]
+    for row, part in zip(rows, parts, strict=True):
+        for table, values in zip(tables, part, strict=True):
+            table[row.at] = values
+    return tables
 
 
-def head_scores(model: Any, head: nn.Linear, rows: Rows) -> Tensor:
-    """(S,): the head applied, in fp32, to the last real token of each response (its end token, where it has one)."""
-    states = hidden_states(model, rows).flatten(0, 1).index_select(0, rows.last)
-    return head(states.float()).squeeze(-1)
+def role_logprobs(model: Any, who: str, rows: list[Row], mask: Tensor, args: Any) -> list[Tensor]:
+    """Log-probs and entropies (B, T); the policy's as in the update: 4-bit kernels may differ without gradients."""
+    grad = who == "policy"
+    return role_tables(
+        model, who, rows, mask, lambda row: token_logprobs(model, row, args.temperature, detached=True), grad
+    )
 
 
-def check_canaries(scores: list[float], card: dict, quant: str, dtype: str, where: str) -> None:
-    """Compare canary scores with those recorded in reward.json (normalised, so in sd); UserError if the head changed.
-
-    Same quantisation and dtype: within 1e-4 in fp32, 0.05 otherwise; else rank correlation 0.95 and shift below 0.25.
-    """
-    recorded = np.array([canary["score"] for canary in card["canaries"]])
-    difference = np.abs(np.array(scores) - recorded)
-    if (quant, dtype) == (card["quant"], card["dtype"]):
-        limit = 1e-4 if dtype == "float32" else 0.05
-        passed, text = bool(difference.max() <= limit), f"largest difference {difference.max():.2g}, allowed {limit}"
-    else:
-        ranks = [np.argsort(np.argsort(x)) for x in (recorded, scores)]
-        correlation = float(np.corrcoef(ranks[0], ranks[1])[0, 1])
-        shift = abs(float(np.mean(np.array(scores) - recorded)))
-        passed = bool(correlation >= 0.95 and shift < 0.25)
-        text = f"rank correlation {correlation:.3f} (at least 0.95), shift {shift:.2f} sd (below 0.25)"
-    if not passed:
-        raise UserError(
-            f"{where}: the scores in reward.json do not reproduce ({text}); another base, or a changed head"
-        )
-    print(f"reward model: {len(recorded)} canaries reproduce ({text})")
+def ptx_backward(model: Any, ptx: Dataset, number: int, run: Run) -> None:
+    """Add the gradient of -ptx_coef * mean log-likelihood of pretraining text (Ouyang et al. 2022, eq. 2): as many
+    windows as a minibatch has responses; `number` counts the updates and picks them."""
+    args = run.args
+    size = max(1, args.batch_size // args.minibatches)
+    windows = [e["ids"] for e in take(ptx, batch_indices(number, ptx["length"], size, args.seed))]
+    n_tokens, mine = sum(len(ids) - 1 for ids in windows), windows[run.rank :: run.world]
+    firsts, rests, apart = [ids[:1] for ids in mine], [ids[1:] for ids in mine], [[i] for i in range(len(mine))]
+    with role(model, "policy", grad=True):
+        for row in flat_rows(apart, firsts, rests, model, args.tokens_per_batch):
+            (-args.ptx_coef * token_logprobs(model, row)[0].sum() / n_tokens).backward()
 
 
-class RewardModel(NamedTuple):
-    """A frozen reward model: r(x, y) = head(state of the last token) - mean."""
-
-    model: Any  # the shared base with its "reward" adapter, or a model of its own
-    head: nn.Linear
-    mean: float
-    tokenizer: Any  # None: token ids of the policy are its own; else text is rendered again with its template
-    folder: Path | None
-
-
-def load_reward_model(source: str, model: Any, base: str, tokenizer: Any, args: Any, device: Any) -> RewardModel:
-    """--reward_model as an adapter on the shared base where it was trained on that base, else as its own model."""
-    folder = find_adapter(source, None)
-    if folder is None:
-        own = load_base(source, args, device, AutoModelForSequenceClassification)
-        if getattr(own, "score", None) is None or own.score.out_features != 1:
-            raise UserError(f"--reward_model {source}: neither a run folder of reward.py nor a model with one score")
-        head = nn.Linear(own.score.in_features, 1, bias=False, device=device)
-        head.weight.data.copy_(own.score.weight)
-        return RewardModel(own, head, 0.0, load_tokenizer(source, None, args), None)
-    warn_failed_gates(folder)
-    reward_base = find_base(folder)
-    reward_tokenizer = load_tokenizer(str(folder), None, args)
-    if base_identity(reward_base) == base_identity(base):
-        host = add_adapter(model, "reward", folder, args)
-        same = reward_tokenizer.chat_template == tokenizer.chat_template
-    else:
-        print(f"reward model: {source} has another base ({reward_base}); loaded beside the policy's")
-        host, same = add_adapter(load_base(reward_base, args, device), "reward", folder, args), False
-    head = load_head(folder, host.get_base_model().config.hidden_size, device)
-    card: dict[str, Any] = {"mean": 0.0}
-    if (folder / "reward.json").is_file():
-        card = json.loads((folder / "reward.json").read_text())
-    reward = RewardModel(host, head, card["mean"], None if same else reward_tokenizer, folder)
-    if "canaries" not in card:
-        print(f"reward model: {folder} has no reward.json; scores are neither centred nor checked")
-        return reward
-    stop_ids = find_stop_ids(reward_tokenizer, host.generation_config)
-    scores = []
-    for canary in card["canaries"]:
-        prompt = encode_prompt(reward_tokenizer, canary["prompt"])
-        response = encode_response(reward_tokenizer, canary["prompt"], canary["response"], stop_ids)
-        with role(host, "reward"):
-            rows = lay_out([(prompt, [response])], 0, reward_tokenizer.pad_token_id, device)
-            scores.append(head_scores(host, head, rows).item() - card["mean"])
-    if (args.quant, args.dtype) != (card["quant"], card["dtype"]):
-        print(f"reward model: trained in {card['quant']}, {card['dtype']}; now the policy's {args.quant}, {args.dtype}")
-    check_canaries(scores, card, args.quant, args.dtype, str(folder))
-    return reward
+# --------------------------------------------------------------------------------------------------------- sampler
+def grouped_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **given: Any) -> Any:
+    """Attention that copies no key for each query head, as transformers' does under a mask: the query heads of a group
+    become further tokens of their key's head."""
+    (rows, heads, n, _), groups = query.shape, key.shape[1]
+    if heads == groups or mask is None:
+        return sdpa_attention_forward(module, query, key, value, mask, **given)
+    folded, mask = query.reshape(rows, groups, -1, query.shape[3]), mask.repeat(1, 1, heads // groups, 1)
+    output = nn.functional.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=given.get("scaling"))
+    return output.reshape(rows, heads, n, -1).transpose(1, 2), None
 
 
-def add_critic(model: Any, reward: Any, adapter: Path | None, args: Args) -> nn.Linear:
-    """The "critic" adapter and its head (d -> 1, bias, fp32).
+class RoomyLayer(StaticLayer):
+    """A layer's keys and values with room for every column that will come: attention gets those that are filled, or
+    (`whole`, for a CUDA graph) all of them, under a mask."""
 
-    Both start as the reward model's where that is an adapter of this base, so that V begins as r of the text so far;
-    else as the policy's adapter and a zero head.
-    """
-    copied = isinstance(reward, RewardModel) and reward.folder is not None and reward.model is model
-    add_adapter(model, "critic", reward.folder if copied else adapter, args)
-    head = nn.Linear(model.get_base_model().config.hidden_size, 1, device=model.device, dtype=torch.float32)
-    head.weight.data.copy_(reward.head.weight if copied else torch.zeros(()))
-    head.bias.data.fill_(-reward.mean if copied else 0.0)
-    return head
-
-
-def load_function(spec: str) -> Callable:
-    """The function that `file.py:function` names."""
-    import importlib.util
-
-    file, _, name = spec.rpartition(":")
-    if not Path(file).is_file():
-        raise UserError(f"{spec}: no such file; expected file.py:function")
-    module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    assert module_spec is not None and module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(f"{spec}: {file} can't be loaded ({type(error).__name__}: {error})") from error
-    if not callable(getattr(module, name, None)):
-        raise UserError(f"{spec}: {file} has no function {name}")
-    return getattr(module, name)
-
-
-def call_function(function: Callable, spec: str, prompts: list[dict], responses: list[str]) -> np.ndarray:
-    """function(prompts, responses, **columns) -> (B,) float64, NaN where it returned None."""
-    names = sorted({name for p in prompts for name in p["columns"]})  # rows may lack some
-    columns = {name: [p["columns"].get(name) for p in prompts] for name in names}
-    try:
-        values = list(function([p["prompt"] for p in prompts], responses, **columns))
-    except Exception as error:
-        raise UserError(f"{spec} raised {type(error).__name__}: {error}") from error
-    if len(values) != len(responses):
-        raise UserError(f"{spec} returned {len(values)} values for {len(responses)} responses")
-    scores = []
-    for value, prompt, response in zip(values, prompts, responses, strict=True):
-        try:
-            scores.append(math.nan if value is None else float(value))
-        except (TypeError, ValueError):
-            scores.append(math.inf)
-        if value is not None and not math.isfinite(scores[-1]):
-            raise UserError(f"{spec} returned {value!r} for prompt {prompt['prompt']!r}, response {response!r}")
-    return np.array(scores)
-
-
-# --------------------------------------------------------------------------------------------------------- rollout
-class GrowingLayer(DynamicLayer):
-    """Keys and values of a layer with room for more columns: plain ones would be copied whole at every token."""
-
-    keys: Any
-    values: Any
-    room: tuple[Any, ...]
-
-    def hold(self, n: int, *room: Tensor) -> None:
-        """Take keys and values (R, heads, columns, d), of which the first n columns are filled."""
-        self.room = room
-        self.keys, self.values = (x[:, :, :n] for x in room)
+    whole = False
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Add columns; returns all, as attention asks for them."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.hold(0, key_states[:, :, :0], value_states[:, :, :0])
-        n, m = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
-        if m > self.room[0].shape[2]:
-            self.hold(n, *(nn.functional.pad(x, (0, 0, 0, m - n + 128)) for x in (self.keys, self.values)))
-        for x, new in zip(self.room, (key_states, value_states), strict=True):
-            x[:, :, n:m] = new
-        self.hold(m, *self.room)
-        return self.keys, self.values
+        """Write the new columns behind the others."""
+        keys, values = super().update(key_states, value_states)
+        filled = None if self.whole else int(self.cumulative_length)
+        return keys[:, :, :filled], values[:, :, :filled]
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows."""
-        self.hold(self.keys.shape[2], *(x[indices] for x in self.room))
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Columns that the next tokens may see, and where they begin."""
+        return int(self.cumulative_length) + query_length, 0
 
 
-class Decoding(NamedTuple):
-    """Responses in the making: n of them, side by side after their prompts in R rows of a KV cache of K columns."""
+def capture_step(model: Any, cache: Any, mask: Tensor) -> Callable[[Tensor, Tensor], Any]:
+    """A decoding step of fixed shapes, on a GPU as one CUDA graph: launching its thousands of kernels takes seven times
+    as long as they do.
 
-    cache: Any  # of GrowingLayers, or as the model's own
-    segment: Tensor  # (R, K), -1 = padding, 0 = prompt, 1, 2, ... = one response
-    position: Tensor  # (R, K)
-    number: Tensor  # (n,), which response
-    row: Tensor  # (n,), its row, ascending
-    state: Tensor  # (n, d), the hidden state that predicts its next token
-
-
-def start_decoding(backbone: Any, prompts: list[list[int]], numbers: list[int], g: int, shared: bool) -> Decoding:
-    """Compute each prompt once, for `g` responses each; in a row of its own, or (not `shared`) in g copies of it.
-
-    Shared rows hold keys and values only, so the prompts can come in pieces: at most 4096 tokens, padding included,
-    are computed at once.
+    The step takes tokens and positions (R, k) and returns logits (R, k, V), which the next call overwrites; it reads
+    `mask` (R, 1, k, columns) at every call.
     """
-    width, device = max(map(len, prompts)), backbone.device
-    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
-    seen = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    position = (seen.cumsum(1) - 1).clamp(min=0)
-    cache: Any = Cache(layer_class_to_replicate=GrowingLayer) if shared else DynamicCache(config=backbone.config)
-    size = max(1, 4096 // len(prompts)) if shared else width
-    for begin in range(0, width, size):
-        piece = slice(begin, begin + size)
-        output = backbone(
-            input_ids=ids[:, piece], position_ids=position[:, piece], attention_mask=seen[:, : piece.stop],
-            past_key_values=cache, use_cache=True,
-        )  # fmt: skip
-    copies = 1 if shared else g
-    if copies > 1:
-        cache.batch_repeat_interleave(copies)
-    segment, position = (x.repeat_interleave(copies, 0) for x in (seen - 1, position))
-    row = torch.arange(len(prompts) * g, device=device) * copies // g
-    state = output.last_hidden_state[:, -1].repeat_interleave(g, 0)
-    return Decoding(cache, segment, position, torch.tensor(numbers, device=device), row, state)
+    rows, _, k, _ = mask.shape
+    token, position = torch.zeros(2, rows, k, dtype=torch.long, device=mask.device)
+    lengths = [layer.cumulative_length.clone() for layer in cache.layers]
 
+    def run() -> Tensor:
+        return model(input_ids=token, position_ids=position, attention_mask=mask, past_key_values=cache).logits
 
-def join_decodings(old: Decoding, new: Decoding) -> Decoding:
-    """Both as one; columns that only rows now gone had are cut off, rows that are too short are padded on the left."""
-    first = int((old.segment >= 0).any(0).long().argmax())
-    width = max(old.segment.shape[1] - first, new.segment.shape[1])
+    def rewind() -> None:  # what a run without effect wrote is overwritten before any token may see it
+        for layer, length in zip(cache.layers, lengths, strict=True):
+            layer.whole = True
+            layer.cumulative_length.copy_(length)
 
-    def joined(x: Tensor, y: Tensor, columns: int, fill: int) -> Tensor:
-        x = x.narrow(columns, first, x.shape[columns] - first)
-        after = [0, 0] * (x.dim() - 1 - columns)
-        return torch.cat([nn.functional.pad(z, [*after, width - z.shape[columns], 0], value=fill) for z in (x, y)])
+    rewind()
+    graph = torch.cuda.CUDAGraph() if mask.is_cuda else None
+    if graph is not None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            run()
+        torch.cuda.current_stream().wait_stream(side)
+        rewind()
+        with torch.cuda.graph(graph):
+            logits = run()
+        rewind()
 
-    for layer, more in zip(old.cache.layers, new.cache.layers, strict=True):
-        layer.hold(width, joined(layer.keys, more.keys, 2, 0), joined(layer.values, more.values, 2, 0))
-    segment, position = joined(old.segment, new.segment, 1, -1), joined(old.position, new.position, 1, 0)
-    row = torch.cat([old.row, new.row + len(old.segment)])
-    return Decoding(
-        old.cache, segment, position, torch.cat([old.number, new.number]), row, torch.cat([old.state, new.state])
-    )
+    def step(new_token: Tensor, new_position: Tensor) -> Tensor:
+        token.copy_(new_token)
+        position.copy_(new_position)
+        if graph is None:
+            return run()
+        graph.replay()
+        return logits
 
-
-@contextlib.contextmanager
-def grouped_heads() -> Iterator[None]:
-    """Attention of several new tokens per row without a copy of keys and values for each query head, which
-    transformers makes: the query heads of a group become further tokens of their key's head."""
-    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
-
-    def attention(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **given: Any
-    ) -> tuple[Tensor, None]:
-        (n_rows, n_heads, n_tokens, _), n_groups = query.shape, key.shape[1]
-        if n_heads == n_groups or n_tokens == 1 or mask is None:
-            return plain(module, query, key, value, mask, **given)
-        folded, mask = query.reshape(n_rows, n_groups, -1, query.shape[3]), mask.repeat(1, 1, n_heads // n_groups, 1)
-        scale = given.get("scaling")
-        output = nn.functional.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scale)
-        return output.reshape(n_rows, n_heads, n_tokens, -1).transpose(1, 2), None
-
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
-    try:
-        yield
-    finally:
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = plain
-
-
-def go_on(backbone: Any, decoding: Decoding, keep: Tensor, token: Tensor, at: Tensor, g: int, shared: bool) -> Decoding:
-    """Of n responses those in `keep` go on with `token` at position `at`, both (n,); rows without any leave."""
-    number, token, at = decoding.number[keep], token[keep], at[keep]
-    rows, row = torch.unique(decoding.row[keep], return_inverse=True)
-    cache, segment, position = decoding.cache, decoding.segment, decoding.position
-    if len(rows) < len(segment):
-        cache.batch_select_indices(rows)
-        segment, position = segment[rows], position[rows]
-    slot = torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)  # its place in its row
-    ids = torch.zeros(len(rows), int(slot.max()) + 1, dtype=torch.long, device=row.device)
-    position_ids, own = torch.zeros_like(ids), torch.full_like(ids, -1)
-    ids[row, slot], position_ids[row, slot], own[row, slot] = token, at, number % g + 1
-    segment, position = torch.cat([segment, own], 1), torch.cat([position, position_ids], 1)
-    mask: Any = (segment >= 0).long()
-    if shared:
-        seen = (segment[:, None] == own[:, :, None]) | (segment == 0)[:, None]
-        mask = additive_mask(seen, (position_ids, position), backbone.config, backbone.dtype)
-    with grouped_heads():
-        output = backbone(
-            input_ids=ids, position_ids=position_ids, attention_mask=mask, past_key_values=cache, use_cache=True
-        )
-    return Decoding(cache, segment, position, number, row, output.last_hidden_state[row, slot])
+    return step
 
 
 @torch.no_grad()
 def sample(
-    model: Any, prompts: list[list[int]], names: list[int], samples_per_prompt: int, max_tokens: int,
-    temperature: float, stop_ids: list[int], batch_size: int, key: tuple[int, int, int],
+    model: Any, prompts: list[list[int]], names: list[int], g: int, max_tokens: int, temperature: float,
+    stop_ids: list[int], batch_size: int, key: tuple[int, int, int], static: bool | None = None,
 ) -> tuple[list[list[int]], list[list[float]]]:  # fmt: skip
-    """Responses to P prompts, samples_per_prompt (G) each -> (token ids, log-probs), P * G lists, prompt by prompt.
+    """g responses to each of n prompts -> (token ids, log-probs), n * g lists, prompt by prompt.
 
-    `batch_size` // G prompts have their responses at once; others wait until all responses of half of them have ended,
-    or of all of them where rows are not shared. Token t of a response is the inverse CDF at one uniform number, a
-    function of (key, names[p], sample, t) and of nothing else, so neither `batch_size` nor the other prompts change
-    what is sampled. key = (seed, stream, step).
+    Each prompt is computed once, and its responses grow side by side in its row of the cache. Token t of a response is
+    the inverse CDF at one uniform number, a function of (key, names[p], sample, t) and of nothing else: neither
+    `batch_size` (responses at once) nor the other prompts change what is sampled. key = (seed, stream, step). static:
+    every step has the same shapes, so that a GPU can replay it; default: on a GPU.
     """
-    causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
-    backbone, device, g = getattr(causal_lm, causal_lm.base_model_prefix), causal_lm.device, samples_per_prompt
-    shared = causal_lm.config.model_type in SHARED_ROW_MODELS
-    noise = [
-        np.random.Generator(np.random.Philox(key=key[:2], counter=[0, k, name, key[2]])).random(max_tokens)
-        for name in names for k in range(g)
-    ]  # fmt: skip
-    uniform, stops = torch.from_numpy(np.stack(noise)).to(device), torch.tensor(stop_ids, device=device)
-    responses, logprobs = torch.zeros_like(uniform, dtype=torch.long), torch.zeros_like(uniform, dtype=torch.float32)
-    starts = torch.tensor([len(prompt) for prompt in prompts for _ in range(g)], device=device)
-    lengths = torch.zeros_like(starts)
-    waiting = sorted(range(len(prompts)), key=lambda p: len(prompts[p]))
-    decoding: Decoding | None = None
-    while waiting or decoding is not None:
-        room = batch_size // g - (0 if decoding is None else len(decoding.segment))  # rows: they fill memory
-        if waiting and (decoding is None or (shared and 2 * room * g >= batch_size)):
-            some, waiting = waiting[: max(1, room)], waiting[max(1, room) :]
-            numbers = [p * g + k for p in some for k in range(g)]
-            new = start_decoding(backbone, [prompts[p] for p in some], numbers, g, shared)
-            decoding = new if decoding is None else join_decodings(decoding, new)
-            del new  # its cache
-        assert decoding is not None
-        who = decoding.number
-        at = lengths[who]
-        logp = lm_logits(model, decoding.state).float().div_(temperature).log_softmax(-1)
-        cdf = logp.exp().double().cumsum_(-1)
-        token = torch.searchsorted(cdf, (uniform[who, at] * cdf[:, -1])[:, None], right=True)
-        token = token.clamp(max=cdf.shape[1] - 1)
-        responses[who, at], logprobs[who, at] = token[:, 0], logp.gather(1, token)[:, 0]
-        lengths[who] += 1
-        going = ~torch.isin(token[:, 0], stops) & (at + 1 < max_tokens)
-        del logp, cdf  # before the next token needs memory
-        keep = going.nonzero()[:, 0]
-        decoding = go_on(backbone, decoding, keep, token[:, 0], starts[who] + at, g, shared) if len(keep) else None
-    pairs = zip(responses.tolist(), logprobs.tolist(), lengths.tolist(), strict=True)
-    cut = [(tokens[:n], values[:n]) for tokens, values, n in pairs]
-    return [tokens for tokens, _ in cut], [values for _, values in cut]
+    some = max(1, batch_size // g)
+    if len(prompts) > some:
+        parts = []
+        for i in tqdm(range(0, len(prompts), some), desc="sampling", leave=False, disable=None):
+            part = prompts[i : i + some], names[i : i + some], g, max_tokens, temperature, stop_ids, batch_size, key
+            parts.append(sample(model, *part, static))
+        return [y for ys, _ in parts for y in ys], [x for _, xs in parts for x in xs]
+    numbers = [(name, i) for name in names for i in range(g)]
+    bits = [np.random.Philox(key=key[:2], counter=[0, i, name, key[2]]) for name, i in numbers]
+    noise = np.stack([np.random.Generator(bit).random(max_tokens) for bit in bits])
+    model = model.get_base_model() if hasattr(model, "peft_config") else model
+    device, config, attention = model.device, model.config, model.config._attn_implementation
+    shared = config.model_type in SIDE_BY_SIDE_MODELS and not getattr(config, "sliding_window", None)
+    if not shared:  # windows and linear attention: each response has a row of its own
+        prompts, g = [p for p in prompts for _ in range(g)], 1
+    static = shared and (device.type == "cuda" if static is None else static)
+    AttentionInterface.register("grouped", grouped_attention)
+    AttentionMaskInterface.register("grouped", sdpa_mask)
+    plain = "sdpa" if attention == "flex_attention" else attention
+    model.set_attn_implementation("grouped" if shared else plain)
+
+    # The prompts, padded on the left, in pieces of 4096 tokens: memory
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=device)
+    real = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    position, columns = (real.cumsum(1) - 1).clamp(min=0), width + -(-g * max_tokens // 8) * 8
+    cache: Any = Cache(layers=[RoomyLayer(columns) for _ in range(config.num_hidden_layers)]) if shared else None
+    size = max(1, 4096 // len(prompts)) if shared else width
+    for i in range(0, width, size):
+        output = model(
+            input_ids=ids[:, i : i + size], attention_mask=real[:, : i + size], position_ids=position[:, i : i + size],
+            past_key_values=cache, use_cache=True, logits_to_keep=1,
+        )  # fmt: skip
+        cache = getattr(output, "past_key_values", None)
+        check(cache, f"{config.model_type} models keep their state in no cache of transformers; they can't be sampled")
+    logits = output.logits.expand(-1, g, -1)
+    segment = nn.functional.pad(real - 1, (0, columns - width), value=-1)  # of each column: -1 empty, 0 prompt, i + 1
+    mask = torch.zeros(len(real), 1, g, columns, dtype=model.dtype, device=device)
+    step = capture_step(model, cache, mask) if static else None
+
+    # Token by token: token t of response i of a row stands in column width + t * g + i while no response has left
+    uniform, stops = torch.from_numpy(noise).to(device).view(-1, g, max_tokens), torch.tensor(stop_ids, device=device)
+    tokens, logprobs = torch.zeros_like(uniform, dtype=torch.long), torch.zeros_like(uniform, dtype=torch.float32)
+    ended, length, end = torch.zeros_like(tokens[..., 0], dtype=torch.bool), real.sum(1, keepdim=True), width
+    row = torch.arange(len(real), device=device)[:, None]  # (R, 1), which rows go on
+    slot = torch.arange(g, device=device).expand(len(row), g)  # (R, m), which responses in each
+    for t in range(max_tokens):
+        logp = (logits.float() / temperature).log_softmax(-1)
+        cdf = logp.double().exp_().cumsum_(-1)
+        token = torch.searchsorted(cdf, uniform[row, slot, t, None] * cdf[..., -1:], right=True)
+        token = token.clamp(max=cdf.shape[-1] - 1)
+        tokens[row, slot, t], logprobs[row, slot, t] = token[..., 0], logp.gather(-1, token)[..., 0]
+        ended[row, slot] |= torch.isin(token[..., 0], stops)
+        del logp, cdf
+        if t + 1 == max_tokens or (t % 8 == 7 or step is None) and ended.all():  # a look waits for the GPU
+            break
+        if step is None:  # what has ended leaves: whole rows, and places in the others
+            going = ~ended[row[:, 0]]
+            stay = going.any(1).nonzero()[:, 0]
+            if len(stay) < len(row) and type(cache) in (Cache, DynamicCache):  # not a model's own kind
+                cache.reorder_cache(stay)  # batch_select_indices does the same, but states of linear attention lack it
+                row, length, segment, going = row[stay], length[stay], segment[stay], going[stay]
+            slot = going.int().argsort(dim=1, descending=True, stable=True)[:, : int(going.sum(1).max())]
+        begin, end = end, end + slot.shape[1]
+        segment[:, begin:end] = torch.where(ended[row, slot], -1, slot + 1)
+        hidden = (segment[:, None] != slot[..., None] + 1) & (segment != 0)[:, None]
+        if step is not None:
+            mask.zero_().masked_fill_(hidden[:, None], torch.finfo(mask.dtype).min)
+            logits = step(tokens[row, slot, t], length + t)
+            continue
+        seen: Any = (segment[:, :end] >= 0).long()
+        if shared:
+            seen = torch.zeros_like(hidden[:, None, :, :end], dtype=model.dtype)
+            seen.masked_fill_(hidden[:, None, :, :end], torch.finfo(seen.dtype).min)
+        logits = model(
+            input_ids=tokens[row, slot, t], position_ids=(length + t).expand(slot.shape), attention_mask=seen,
+            past_key_values=cache, use_cache=True,
+        ).logits  # fmt: skip
+    model.set_attn_implementation(attention)
+    stopped = torch.isin(tokens, stops).int()
+    lengths = torch.where(ended, stopped.argmax(-1) + 1, max_tokens).view(-1).tolist()
+    found = zip(tokens.view(-1, max_tokens).tolist(), logprobs.view(-1, max_tokens).tolist(), lengths, strict=True)
+    cut = [(y[:n], values[:n]) for y, values, n in found]
+    return [y for y, _ in cut], [values for _, values in cut]
 
 
 class Rollout(NamedTuple):
-    """What one step's sampling and scoring gives: B responses of up to T tokens."""
+    """What one step's sampling gives: B responses of up to T tokens."""
 
     prompts: list[dict]  # B, the prompt of each response
     responses: list[list[int]]  # B, token ids, the end token included
     texts: list[str]  # B, without special tokens
-    minibatches: list[list[Micro]]
+    minibatches: list[list[Row]]  # laid out once for every pass of every role: the first ratio is 1 to rounding
     mask: Tensor  # (B, T)
     ended: Tensor  # (B,), 1 = the response ended by itself
-    sampler_logprobs: Tensor  # (B, T), as the sampler saw them; only for the preflight's comparison
+    sampler_logprobs: Tensor  # (B, T), for the preflight's comparison
 
-    def batches(self) -> list[Micro]:
-        """The micro-batches of all minibatches."""
-        return [micro for minibatch in self.minibatches for micro in minibatch]
+    def rows(self) -> list[Row]:
+        """The rows of all minibatches."""
+        return [row for minibatch in self.minibatches for row in minibatch]
 
 
 def roll_out(
-    model: Any, tokenizer: Any, prompts: list[dict], names: list[int], samples: int, stop_ids: list[int], args: Any,
-    key: tuple[int, int, int], who: str = "policy", n_minibatches: int = 1,
+    model: Any, tokenizer: Any, stop_ids: list[int], prompts: list[dict], names: list[int], g: int, n_minibatches: int,
+    who: str, key: tuple[int, int, int], args: Any,
 ) -> Rollout:  # fmt: skip
-    """Sample `samples` responses to each prompt in the role `who` and lay them out in rows."""
+    """Sample g responses to each prompt in the role `who` and lay them out in flat rows."""
     with role(model, who):
-        responses, sampled = sample(
-            model, [p["ids"] for p in prompts], names, samples, args.max_response_length, args.temperature, stop_ids,
+        responses, logprobs = sample(
+            model, [p["ids"] for p in prompts], names, g, args.max_response_length, args.temperature, stop_ids,
             args.sample_batch_size, key,
         )  # fmt: skip
-    groups = [(p["ids"], responses[i * samples : (i + 1) * samples]) for i, p in enumerate(prompts)]
-    config, device = model.get_base_model().config, model.device
-    pad_id = tokenizer.pad_token_id
-    minibatches = lay_out_rollout(groups, n_minibatches, args, config, pad_id, device)
-    lengths = torch.tensor([len(y) for y in responses], device=device)
-    mask = (torch.arange(lengths.max().item(), device=device) < lengths[:, None]).long()
-    logprobs = torch.zeros(mask.shape, device=device)
-    for i, row in enumerate(sampled):
-        logprobs[i, : len(row)] = torch.tensor(row)
-    ended = torch.tensor([float(y[-1] in stop_ids) for y in responses], device=device)
+    prompts = [p for p in prompts for _ in range(g)]
+    ids, minibatches = [p["ids"] for p in prompts], []
+    for part in np.array_split(np.arange(len(ids)), n_minibatches):
+        groups = [list(group) for _, group in itertools.groupby(part.tolist(), key=lambda i: i // g)]
+        minibatches.append(flat_rows(groups, ids, responses, model, args.tokens_per_batch))
+    ones = [torch.ones(len(y), dtype=torch.long) for y in responses]
+    mask = nn.utils.rnn.pad_sequence(ones, batch_first=True).to(model.device)
+    sampled = nn.utils.rnn.pad_sequence([torch.tensor(x) for x in logprobs], batch_first=True).to(model.device)
+    ended = torch.tensor([float(y[-1] in stop_ids) for y in responses], device=model.device)
     texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-    return Rollout([p for p in prompts for _ in range(samples)], responses, texts, minibatches, mask, ended, logprobs)
+    return Rollout(prompts, responses, texts, minibatches, mask, ended, sampled)
 
 
-def role_logprobs(model: Any, who: str, rollout: Rollout, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies (B, T) of the rollout's tokens in the role `who`, detached.
-
-    The policy's come from a pass with gradients, as in the update: 4-bit kernels may differ from those without.
-    """
-    logprobs, entropy = torch.zeros_like(rollout.sampler_logprobs), torch.zeros_like(rollout.sampler_logprobs)
-    with role(model, who, grad=who == "policy"):
-        for numbers, rows in rollout.batches():
-            logprobs[numbers], entropy[numbers] = response_logprobs(model, rows, temperature, detached=True)
-    return logprobs, entropy
-
-
-def score_responses(rollout: Rollout, reward: RewardModel | Callable, args: Any) -> Tensor:
-    """Scores (B,), before the penalty for a missing end: by the reward model, or by --reward_fn on the texts.
-
-    NaN where --reward_fn returned None; what that means is the method's to say.
-    """
+# ------------------------------------------------------------------------------------------ scoring and evaluation
+def score(reward: Reward, rollout: Rollout, args: Any) -> Tensor:
+    """Scores (B,) by a reward model or function, before any penalty; NaN where the function returned None."""
     device = rollout.mask.device
-    if not isinstance(reward, RewardModel):
-        values = call_function(reward, str(args.reward_fn), rollout.prompts, rollout.texts)
+    if reward.function:
+        values = call_function(reward.function, rollout.prompts, rollout.texts)
         return torch.tensor(values, dtype=torch.float32, device=device)
-    batches = rollout.batches()
-    if reward.tokenizer is not None:  # another vocabulary or template: from the text, one padded row per response
-        stops = find_stop_ids(reward.tokenizer, getattr(reward.model, "generation_config", None))
-        groups, pad_id = [], reward.tokenizer.pad_token_id
+    rows = rollout.rows()
+    if reward.tokenizer is not None:  # another vocabulary or template: from the text
+        stops, whole = find_stop_ids(reward.tokenizer, None), []
         for p, text in zip(rollout.prompts, rollout.texts, strict=True):
             try:
-                answer = encode_response(reward.tokenizer, p["prompt"], text, stops)
-                groups.append((encode_prompt(reward.tokenizer, p["prompt"]), [answer]))
+                dialogue = render(reward.tokenizer, [*p["messages"], {"role": "assistant", "content": text}])
             except BadRow as bad:
-                raise UserError(f"the reward model's template can't take {p['prompt']!r:.60}: {bad.args[1]}") from bad
-        lengths = [len(prompt) + len(y) for prompt, (y,) in groups]
-        order = sorted(range(len(groups)), key=lambda i: lengths[i])
-        micros = micro_batches(order, lambda some: len(some) * max(lengths[i] for i in some), args)
-        batches = [(numbers, lay_out([groups[i] for i in numbers], 0, pad_id, device)) for numbers in micros]
-    scores = torch.zeros(len(rollout.responses), device=device)
-    has_adapter = hasattr(reward.model, "peft_config")
-    with role(reward.model, "reward") if has_adapter else torch.no_grad():
-        for numbers, rows in batches:
-            scores[numbers] = head_scores(reward.model, reward.head, rows) - reward.mean
+                raise UserError(f"reward model {reward.name}: {': '.join(bad.args)}") from bad
+            ids = one_bos(reward.tokenizer, reward.tokenizer(dialogue, add_special_tokens=False)["input_ids"])
+            whole.append(ids[: max([t + 1 for t, token in enumerate(ids) if token in stops] or [len(ids)])])
+        firsts, rests, apart = [ids[:1] for ids in whole], [ids[1:] for ids in whole], [[i] for i in range(len(whole))]
+        rows = flat_rows(apart, firsts, rests, reward.model, args.tokens_per_batch)
+    scores = torch.zeros(len(rollout.texts), device=device)
+    with role(reward.model, reward.role):
+        for row in rows:
+            states = hidden_states(reward.model, row).index_select(0, row.last).float()
+            scores[row.numbers] = (states @ reward.head.T).squeeze(-1) - reward.mean
     return scores
 
 
-def fill_missing(scores: Tensor, args: Args) -> Tensor:
-    """Scores (B,); a response for which --reward_fn returned None, here NaN, gets the mean of the others."""
-    if scores.isnan().all():
-        raise UserError(f"{args.reward_fn} returned None for every response")
-    return torch.where(scores.isnan(), scores.nanmean(), scores)
-
-
-def final_scores(scores: Tensor, ended: Tensor, args: Args) -> Tensor:
-    """Scores (B,) with the penalty for responses that did not end, clipped where --score_clip says so."""
-    scores = scores - args.missing_eos_penalty * (1 - ended)
-    return scores.clamp(-args.score_clip, args.score_clip) if args.score_clip else scores
-
-
-# ------------------------------------------------------------------------------------------------------ run folder
-def write_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write under a temporary name, then rename: a killed run leaves the old file or the new one, never half of one."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    with temporary.open("rb") as stream:
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON; sets become sorted lists."""
-    text = json.dumps(
-        value, indent=1, ensure_ascii=False, default=lambda v: sorted(v) if isinstance(v, set) else str(v)
-    )
-    write_file(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
-
-
-def open_run(args: Any, stage: str, accelerator: Accelerator) -> tuple[Path, dict | None]:
-    """(run folder, newest loadable checkpoint or None); an existing folder is renamed unless --resume is given."""
-    folder = Path(args.output_dir)
-    if args.resume and not (folder / "args.json").is_file():
-        raise UserError(f"--resume: {folder} is no run folder (args.json is missing); check --output_dir")
-    if args.resume:
-        recorded = json.loads((folder / "args.json").read_text())
-        memory = ("micro_batch_size", "tokens_per_micro_batch", "sample_batch_size", "gradient_checkpointing")
-        free = ("resume", "report_to", *memory)
-        changed = {k: v for k, v in asdict(args).items() if k not in free and recorded.get(k) != v}
-        if changed:
-            flags = ", ".join(f"--{k} {v} (was {recorded.get(k)})" for k, v in changed.items())
-            raise UserError(f"--resume: {folder} was started with other settings: {flags}")
-    elif accelerator.is_main_process:
-        if folder.exists():
-            n = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.{n}").exists())
-            folder.rename(folder.with_name(f"{folder.name}.{n}"))
-            print(f"{stage}: the existing {folder} is now {folder}.{n}")
-        (folder / "checkpoint").mkdir(parents=True)
-        write_json(folder / "args.json", asdict(args))
-    accelerator.wait_for_everyone()
-    state = load_checkpoint(folder) if args.resume else None
-    for name in ("metrics.jsonl", "timing.jsonl"):  # cut back to the checkpoint's step
-        if args.resume and accelerator.is_main_process and (folder / name).is_file():
-            lines = [line for line in (folder / name).read_text().splitlines(keepends=True) if line.endswith("\n")]
-            kept = [line for line in lines if state is not None and json.loads(line)["step"] < state["step"]]
-            write_file(folder / name, partial(Path.write_text, data="".join(kept)))
-    return folder, state
-
-
-def load_checkpoint(folder: Path) -> dict | None:
-    """The newest checkpoint that loads; one that does not is named and the one before it is taken."""
-    for path in sorted((folder / "checkpoint").glob("step_*.pt"), reverse=True):
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever a damaged file raises
-            print(f"resume: {path} can't be loaded ({type(error).__name__}); trying the one before it")
-            continue
-        print(f"resume: from {path}")
-        return state
-    print(f"resume: no checkpoint in {folder / 'checkpoint'}; starting from the beginning")
-    return None
-
-
-def save_checkpoint(folder: Path, state: dict) -> None:
-    """Write checkpoint/step_NNNNNN.pt (loads with weights_only=True) and keep the last two."""
-    path = folder / "checkpoint" / f"step_{state['step']:06d}.pt"
-    write_file(path, lambda temporary: torch.save(state, temporary))
-    for old in sorted(path.parent.glob("step_*.pt"))[:-2]:
-        old.unlink()
-
-
-def log_step(folder: Path, metrics: dict, timing: dict, accelerator: Accelerator) -> None:
-    """One line each in metrics.jsonl (a function of the arguments alone) and timing.jsonl; trackers get both."""
-    if not accelerator.is_main_process:
-        return
-    for name, values in (("metrics", metrics), ("timing", {"step": metrics["step"], **timing})):
-        rounded = {k: v if isinstance(v, int) else float(f"{v:.8g}") for k, v in values.items() if v == v}  # no NaN
-        with (folder / f"{name}.jsonl").open("a") as stream:
-            stream.write(json.dumps(rounded) + "\n")
-    accelerator.log({**metrics, **timing}, step=metrics["step"])
-
-
-def save_adapter(folder: Path, model: Any, name: str, base: str, tokenizer: Any, head: Tensor | None = None) -> None:
-    """The adapter as a standard PEFT folder; with a head (1, d) one that AutoModelForSequenceClassification loads."""
-    from peft import get_peft_model_state_dict
-
-    config = {**model.peft_config[name].to_dict(), "base_model_name_or_path": base, "inference_mode": True}
-    weights = {k: v.contiguous().cpu() for k, v in get_peft_model_state_dict(model, adapter_name=name).items()}
-    if head is not None:
-        config |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
-        weights[HEAD_KEY] = head.detach().float().cpu().contiguous()
-    write_json(folder / "adapter_config.json", config)
-    write_file(folder / "adapter_model.safetensors", lambda temporary: save_file(weights, temporary, {"format": "pt"}))
-    tokenizer.save_pretrained(folder)
-
-
-def warn_failed_gates(folder: Path) -> None:
-    """Say which gates of the earlier stage in `folder` failed; training goes on."""
-    report = json.loads((folder / "report.json").read_text()) if (folder / "report.json").is_file() else {"gates": []}
-    failed = [f"{gate['name']} {gate['value']:.3g}" for gate in report["gates"] if not gate["passed"]]
-    if failed:
-        print(f"warning: {folder} did not pass its own checks ({', '.join(failed)}); see {folder}/report.json")
-
-
-def write_report(folder: Path, stage: str, base: str, gates: list[tuple[str, float, float, bool]]) -> None:
-    """report.json: gates (name, value, threshold, passed), and the versions that ran."""
-    import importlib.metadata as packages
-
-    rows = [
-        dict(zip(("name", "value", "threshold", "passed"), gate, strict=True)) for gate in gates if gate[1] == gate[1]
-    ]
-    versions = {
-        name: packages.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
-    }
-    passed = all(row["passed"] for row in rows)
-    write_json(
-        folder / "report.json", {"stage": stage, "passed": passed, "gates": rows, "versions": versions, "base": base}
-    )
-    for row in rows:
-        word = "passed" if row["passed"] else "FAILED"
-        print(f"{stage}: gate {row['name']} {word}: {row['value']:.4g} (threshold {row['threshold']:.4g})")
-
-
-def plot_curves(folder: Path, keys: list[str]) -> None:
-    """curves.png: each key of metrics.jsonl against the step."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("curves.png: not drawn, matplotlib is not installed")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    keys = [key for key in keys if any(key in row for row in rows)]
-    figure, axes = pyplot.subplots(1, len(keys), figsize=(3.6 * len(keys), 3), squeeze=False)
-    for axis, key in zip(axes[0], keys, strict=True):
-        points = [(row["step"], row[key]) for row in rows if key in row]
-        axis.plot(*zip(*points, strict=True))
-        axis.set(title=key, xlabel="step")
-        axis.grid(alpha=0.3)
-    figure.tight_layout()
-    write_file(folder / "curves.png", lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
-    pyplot.close(figure)
-
-
-# ------------------------------------------------------------------------------------------------------- optimiser
-def make_optimizer(parameters: list[nn.Parameter], weight_decay: float, device: Any) -> torch.optim.Optimizer:
-    """8-bit paged AdamW on a GPU, torch's AdamW elsewhere; the learning rate is set at every step."""
-    if device.type != "cuda":
-        return torch.optim.AdamW(parameters, lr=0.0, weight_decay=weight_decay)
-    import bitsandbytes
-
-    return bitsandbytes.optim.PagedAdamW8bit(parameters, lr=0.0, weight_decay=weight_decay)
-
-
-def update(optimizer: Any, learning_rate: float, max_grad_norm: float, accelerator: Accelerator) -> float:
-    """Sum gradients over processes, clip, step, clear; returns the norm before clipping.
-
-    Losses are divided by the global count before backward, so the sum over micro-batches and processes is the mean.
-    """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if accelerator.num_processes > 1:
-        for p in parameters:
-            p.grad = accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "sum")
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm.item()
-
-
-def global_sums(accelerator: Accelerator, *values: float) -> list[float]:
-    """The values summed over all processes, in float64."""
-    total = accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=accelerator.device), "sum")
-    return total.tolist()
-
-
-def role_values(model: Any, head: nn.Linear, rollout: Rollout) -> Tensor:
-    """The critic's values (B, T), without gradients."""
-    values = torch.zeros_like(rollout.sampler_logprobs)
-    with role(model, "critic"):
-        for numbers, rows in rollout.batches():
-            values[numbers] = head_values(model, head, rows)
-    return values
-
-
-def rollout_metrics(
-    rollout: Rollout, scores: Tensor, rewards: Tensor, log_ratio: Tensor, entropy: Tensor, values: Tensor,
-    returns: Tensor, gold: np.ndarray | None, accelerator: Accelerator,
-) -> dict[str, float]:  # fmt: skip
-    """Means over the whole batch: per response (score, gold, reward, kl in nats, length, eos_rate) or per token."""
-    mask, error = rollout.mask, returns - values
-    per_response = [scores.sum(), rewards.sum(), (log_ratio * mask).sum(), mask.sum(), rollout.ended.sum()]
-    moments = [(x * mask).sum() for x in (entropy, error, error**2, returns, returns**2)]
-    judged = gold[~np.isnan(gold)] if gold is not None else np.zeros(0)
-    sums = [v.item() for v in (*per_response, *moments)] + [float(judged.sum()), float(len(judged))]
-    n, *totals = global_sums(accelerator, len(scores), *sums)
-    score, reward, kl, length, ended = (total / n for total in totals[:5])
-    mean_entropy, e1, e2, r1, r2 = (total / totals[3] for total in totals[5:10])
-    metrics = {"score": score} | ({"gold": totals[10] / totals[11]} if totals[11] else {})
-    metrics |= {"reward": reward, "kl": kl, "entropy": mean_entropy, "response_length": length, "eos_rate": ended}
-    return metrics | {"explained_variance": 1 - (e2 - e1**2) / max(r2 - r1**2, 1e-12)}
-
-
-# -------------------------------------------------------------------------------------------------------- updates
-def passes(minibatches: list[list[Micro]], ppo_epochs: int, seed: tuple[int, int]) -> Iterator[list[Micro]]:
-    """ppo_epochs passes over the minibatches, each in a new order."""
-    for epoch in range(ppo_epochs):
-        for number in np.random.default_rng((*seed, epoch)).permutation(len(minibatches)):
-            yield minibatches[number]
-
-
-def policy_backward(
-    model: Any, minibatch: list, old_logprobs: Tensor, advantages: Tensor, n_tokens: float, args: Args
-) -> list[float]:
-    """Accumulate the policy's gradient of the mean over n_tokens; returns means [loss, clip fraction, KL(old, new)]."""
-    sums = torch.zeros(3, device=advantages.device)
-    with role(model, "policy", grad=True):
-        for numbers, rows in minibatch:
-            logprobs, entropy = response_logprobs(model, rows, args.temperature, args.entropy_coef != 0)
-            old, advantage = old_logprobs[numbers], advantages[numbers]
-            if args.policy_loss == "clip":
-                loss = clipped_policy_loss(logprobs, old, advantage, args.clip_range)
-            else:
-                loss = penalty_policy_loss(logprobs, old, advantage, args.penalty_coef)
-            if args.entropy_coef:
-                loss = loss - args.entropy_coef * entropy
-            loss = (loss * rows.mask).sum() / n_tokens
-            loss.backward()
-            with torch.no_grad():
-                clipped = ((torch.exp(logprobs - old) - 1).abs() > args.clip_range) * rows.mask
-                moved = old_new_kl(logprobs, old) * rows.mask
-                sums += torch.stack([loss, clipped.sum() / n_tokens, moved.sum() / n_tokens])
-    return sums.tolist()
-
-
-def critic_backward(
-    model: Any, head: nn.Linear, minibatch: list, old_values: Tensor, returns: Tensor, n_tokens: float, args: Args
-) -> float:
-    """Accumulate the critic's gradient of the mean over n_tokens; returns the loss."""
-    total = 0.0
-    with role(model, "critic", grad=True):
-        for numbers, rows in minibatch:
-            values = head_values(model, head, rows)
-            loss = clipped_value_loss(values, old_values[numbers], returns[numbers], args.value_clip_range)
-            loss = (loss * rows.mask).sum() / n_tokens
-            loss.backward()
-            total += loss.item()
-    return total
-
-
-def load_ptx(args: Args, tokenizer: Any) -> list[list[int]]:
-    """Token windows of --ptx_dataset's `text` for PPO-ptx."""
-    window = args.max_prompt_length + args.max_response_length
-
-    def encode(row: dict) -> list[list[int]]:
-        if not isinstance(row["text"], str) or not row["text"].strip():
-            raise BadRow("empty text")
-        ids = [*tokenize(tokenizer, row["text"]), tokenizer.eos_token_id]
-        return [ids[i : i + window] for i in range(0, len(ids), window) if len(ids) > i + 1]
-
-    return encode_rows(str(args.ptx_dataset), args.dataset_split, [("text",)], encode)
-
-
-def ptx_backward(
-    model: Any, ptx: list[list[int]], number: int, pad_id: int, accelerator: Accelerator, args: Args
-) -> None:
-    """Add the gradient of -ptx_coef * mean log-likelihood of pretraining text (Ouyang et al. 2022, eq. 2).
-
-    As many windows as a minibatch has responses; `number` counts the updates and picks them.
-    """
-    size = max(1, args.batch_size // args.minibatches)
-    windows = [ptx[i] for i in batch_indices(number, [len(ids) for ids in ptx], size, args.seed)]
-    n_tokens = sum(len(ids) - 1 for ids in windows)
-    mine = windows[accelerator.process_index :: accelerator.num_processes]
-    with role(model, "policy", grad=True):
-        for numbers in micro_batches(range(len(mine)), lambda some: len(some) * max(len(mine[i]) for i in some), args):
-            groups = [(mine[i][:1], [mine[i][1:]]) for i in numbers]
-            logprobs = response_logprobs(model, lay_out(groups, 0, pad_id, model.device))[0]
-            (-args.ptx_coef * logprobs.sum() / n_tokens).backward()
-
-
-# ---------------------------------------------------------------------------------------- preflight and evaluation
-def preflight(model: Any, rollout: Rollout, old: Tensor, reference: Tensor, args: Args) -> list[tuple]:
-    """Checks on the first rollout -> gates [(name, value, threshold, passed)]; a red one stops the run with its cause.
-
-    They see what metrics hide for hours: another start than the reference, a dropped KV cache, dropout, endless text.
-    """
-    numbers, rows = rollout.batches()[0]
-    with role(model, "policy", grad=True):
-        again, _ = response_logprobs(model, rows, args.temperature)
+def preflight(model: Any, rollout: Rollout, old: Tensor, reference: Tensor, args: Any) -> None:
+    """Checks on the first rollout that see what metrics hide for hours; a red one stops the run with its cause."""
+    again, _ = role_logprobs(model, "policy", rollout.minibatches[0], rollout.mask, args)
     limit = 1e-4 if args.dtype == "float32" else 0.02
-    ratio = (torch.exp(again.detach() - old[numbers]) - 1).abs().max().item()
-    kl = masked_mean(old - reference, rollout.mask).abs().item()
+    ratio = max((torch.exp(again - old)[row.at] - 1).abs().max().item() for row in rollout.minibatches[0])
     gap = masked_mean((old - rollout.sampler_logprobs).abs(), rollout.mask).item()
-    ended, least = rollout.ended.mean().item(), 0.05 if args.missing_eos_penalty else 0.0
-    checks = [
-        ("kl_step0", kl, limit, kl <= limit, "the policy does not start as the reference"),
-        ("ratio_step0", ratio, limit, ratio <= limit, "two passes over the same tokens differ; is a dropout on?"),
-        ("sampler_agreement", gap, limit, gap <= limit, "sampler and training pass differ; is the KV cache dropped?"),
-        ("eos_rate", ended, least, ended >= least, "responses do not end: raise --max_response_length, train SFT "
-         "longer, or set --missing_eos_penalty 0 where no end is wanted"),
-    ]  # fmt: skip
-    for name, value, threshold, passed, cause in checks:
-        print(f"preflight: {'ok ' if passed else 'RED'} {name} {value:.3g} (limit {threshold:g})")
-        if not passed:
-            raise UserError(f"preflight: {name} is {value:.3g}, limit {threshold:g}: {cause}")
-    return [check[:4] for check in checks]
+    kl, endless = masked_mean(old - reference, rollout.mask).abs().item(), 1 - rollout.ended.mean().item()
+    longer = "raise --max_response_length, train SFT longer, or set --missing_eos_penalty 0"
+    for name, value, most, cause in (
+        ("kl at step 0", kl, limit, "the policy does not start as the reference"),
+        ("ratio - 1 at step 0", ratio, limit, "two passes over the same tokens differ; is a dropout on?"),
+        ("sampler against training pass", gap, limit, "is the KV cache dropped, or a layer's state not kept?"),
+        ("share without end", endless, 0.95 if args.missing_eos_penalty else 1.0, longer),
+    ):
+        print(f"preflight: {'ok ' if value <= most else 'RED'} {name} {value:.3g} (limit {most:g})")
+        check(value <= most, f"preflight: {name} is {value:.3g}, limit {most:g}: {cause}")
+
+
+def batch_means(
+    run: Run, rollout: Rollout, scores: Tensor, golds: np.ndarray, rewards: Tensor, log_ratio: Tensor, entropy: Tensor,
+    error: Tensor, returns: Tensor,
+) -> dict[str, float]:  # fmt: skip
+    """Means over the whole batch, all processes: per response (score, gold, reward, kl in nats, length, eos_rate) or
+    per token (entropy, explained variance of the returns)."""
+    mask, known = rollout.mask, golds[~np.isnan(golds)]
+    sums = [x.sum() for x in (scores, rewards * mask, log_ratio * mask, mask, rollout.ended)]
+    sums += [(x * mask).sum() for x in (entropy, error, error**2, returns, returns**2)]
+    local = [*torch.stack([x.double() for x in sums]).tolist(), known.sum(), len(known), len(scores)]
+    *totals, gold, n_gold, n = run.total(*local)
+    names, tokens = ("score", "reward", "kl", "response_length", "eos_rate"), totals[3]
+    means = dict(zip(names, (x / n for x in totals[:5]), strict=True)) | ({"gold": gold / n_gold} if n_gold else {})
+    mean_entropy, e1, e2, r1, r2 = (x / tokens for x in totals[5:])
+    return {**means, "entropy": mean_entropy, "explained_variance": 1 - (e2 - e1**2) / max(r2 - r1**2, 1e-12)}
+
+
+def rollout_samples(rollout: Rollout, scores: Tensor, log_ratio: Tensor, step: int) -> list[dict]:
+    """Four responses of a rollout as rows of samples.jsonl."""
+    rows = []
+    for i in range(0, len(rollout.texts), max(1, len(rollout.texts) // 4)):
+        row = {"id": f"{step}-{i}", "prompt": rollout.prompts[i]["prompt"], "response": rollout.texts[i]}
+        row |= {"model": f"rollout {step}", "step": step, "tokens": len(rollout.responses[i])}
+        row |= {"finish_reason": "stop" if rollout.ended[i] else "length"}
+        rows.append({**row, "score": scores[i].item(), "kl": log_ratio[i].sum().item()})
+    return rows[:4]
 
 
 def interval(x: np.ndarray) -> tuple[float, float, float]:
@@ -1718,243 +1615,53 @@ def interval(x: np.ndarray) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-def evaluate(model: Any, tokenizer: Any, who: str, prompts: list[dict], reward: Any, gold: Any, stop_ids: list[int],
-             args: Any) -> dict[str, Any]:  # fmt: skip
-    """One response per held-out prompt in the role `who`: arrays over prompts (gold, score, ...), texts, rollout."""
+def evaluate(
+    model: Any, tokenizer: Any, stop_ids: list[int], prompts: list[dict], rewards: list[Reward], gold: Any, args: Any,
+    who: str,
+) -> dict[str, Any]:  # fmt: skip
+    """One response per held-out prompt in the role `who`: arrays over prompts, and the texts."""
     names = list(range(len(prompts)))
-    rollout = roll_out(model, tokenizer, prompts, names, 1, stop_ids, args, (args.seed, 1, 0), who)
-    logprobs, entropy = role_logprobs(model, who, rollout, args.temperature)
-    ref_logprobs, _ = role_logprobs(model, "reference", rollout, args.temperature)
-    lengths = rollout.mask.sum(1)
-    kl, entropy = ((x * rollout.mask).sum(1) for x in (logprobs - ref_logprobs, entropy))
-    result = {"kl": kl, "length": lengths, "entropy": entropy / lengths, "ended": rollout.ended}
-    if reward is not None:
-        result["score"] = score_responses(rollout, reward, args)
-    arrays: dict[str, Any] = {name: value.double().cpu().numpy() for name, value in result.items()}
-    if gold is not None:
-        arrays["gold"] = call_function(gold, str(args.gold_fn), prompts, rollout.texts)
-    return {**arrays, "texts": rollout.texts, "rollout": rollout}
+    rollout = roll_out(model, tokenizer, stop_ids, prompts, names, 1, 1, who, (args.seed, 1, 0), args)
+    logprobs, entropy = role_logprobs(model, who, rollout.rows(), rollout.mask, args)
+    ref_logprobs, _ = role_logprobs(model, "reference", rollout.rows(), rollout.mask, args)
+    lengths, scores = rollout.mask.sum(1), [score(reward, rollout, args) for reward in rewards]
+    result = {f"reward {reward.name}": x for reward, x in zip(rewards, scores, strict=True) if len(rewards) > 1}
+    weights = torch.tensor([reward.weight for reward in rewards], device=rollout.mask.device)
+    weighted = torch.stack(scores, 1) * weights
+    result["score"] = weighted.nansum(1).masked_fill(weighted.isnan().all(1), math.nan)  # of the rewards that are known
+    result |= {"kl": (logprobs - ref_logprobs).sum(1), "length": lengths, "entropy": entropy.sum(1) / lengths}
+    arrays: dict[str, Any] = {name: x.double().cpu().numpy() for name, x in result.items()}
+    arrays |= {"gold": call_function(gold, rollout.prompts, rollout.texts)} if gold else {}
+    return {**arrays, "ended": rollout.ended.double().cpu().numpy(), "texts": rollout.texts}
 
 
-def closing_table(before: dict, after: dict, stage: str, seconds: float) -> str:
-    """Reference and policy on the same held-out prompts: means with 95 % intervals, win-rate (a tie counts half)."""
-    rows = [("gold utility", "gold"), ("score (proxy)", "score"), ("KL to reference, nats", "kl"),
-            ("length, tokens", "length"), ("entropy, nats/token", "entropy"), ("share ended", "ended")]  # fmt: skip
-    lines = [f"{'held-out prompts: ' + str(len(before['texts'])):28}{'SFT (reference)':>30}{stage + ' (policy)':>30}"]
-    for label, key in rows:
-        if key in before:
-            cells = [f"{m:.3f} [{low:.3f}, {high:.3f}]" for m, low, high in (interval(x[key]) for x in (before, after))]
-            lines.append(f"{label:28}{cells[0]:>30}{cells[1]:>30}")
-    for key in [key for key in ("gold", "score") if key in before][:1]:
-        m, low, high = interval(np.sign(after[key] - before[key]) / 2 + 0.5)
-        lines.append(f"{key + ' win-rate over SFT':28}{'':26}{f'{m:.3f} [{low:.3f}, {high:.3f}]':>30}")
-    return "\n".join([*lines, f"{'wall time, s':28}{'':26}{seconds:>26.0f}"])
-
-
-def write_samples(folder: Path, prompts: list[dict], results: dict[str, dict]) -> None:
-    """samples.jsonl: held-out responses by model, in the format of eval/, with score and gold utility."""
-    lines = []
-    for name, result in results.items():
+def report(run: Run, prompts: list[dict], before: dict, after: dict) -> dict[str, Any]:
+    """Reference and policy on the same held-out prompts: samples.jsonl, three samples, and the table (mean and 95 %
+    interval of each, win-rate), printed and returned for result.json."""
+    table: dict[str, Any] = {"prompts": len(prompts)}
+    for name, result in (("sft", before), (run.stage, after)):
+        rows = []
         for i, (p, text) in enumerate(zip(prompts, result["texts"], strict=True)):
             row = {"id": p["columns"].get("id", i), "prompt": p["prompt"], "response": text, "model": name}
             row |= {"finish_reason": "stop" if result["ended"][i] else "length", "tokens": int(result["length"][i])}
-            known = [key for key in ("score", "gold") if key in result and result[key][i] == result[key][i]]
-            row |= {key: round(float(result[key][i]), 4) for key in known}
-            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    write_file(folder / "samples.jsonl", lambda temporary: temporary.write_text("".join(lines), encoding="utf-8"))
-
-
-def check_args(args: Args, world: int) -> None:
-    """Contradicting or impossible flags, each as one line."""
-    positive = (
-        "batch_size micro_batch_size sample_batch_size samples_per_prompt minibatches ppo_epochs epochs temperature"
-    )
-    for name in [*positive.split(), "max_response_length", "kl_horizon"]:
-        if getattr(args, name) <= 0:
-            raise UserError(f"--{name} {getattr(args, name)}: must be above 0")
-    if args.tokens_per_micro_batch < 0:
-        raise UserError(f"--tokens_per_micro_batch {args.tokens_per_micro_batch}: must not be below 0")
-    if args.lora_r == 0:
-        raise UserError("--lora_r 0: RL trains LoRA adapters only; use a rank of at least 1")
-    if args.reward_fn and args.reward_model:
-        raise UserError("--reward_fn and --reward_model are both given; PPO has one reward, choose one")
-    g = args.samples_per_prompt
-    if args.batch_size % (g * world):
-        raise UserError(f"--batch_size {args.batch_size}: no multiple of --samples_per_prompt {g} x {world} processes")
-    if args.batch_size < world * args.minibatches:
-        raise UserError(f"--batch_size {args.batch_size} is too small for {args.minibatches} --minibatches x {world}")
-
-
-def load_roles(args: Args, device: Any) -> tuple[Any, Any, list[int], Any, nn.Linear, str]:
-    """(model, tokenizer, stop ids, reward, critic head, base): one base with the adapters of all roles."""
-    model, tokenizer, stop_ids, adapter, base = load_model(args, device)
-    model = add_adapter(model, "policy", adapter, args)
-    if adapter:  # a bare base is its own reference, with the adapters off
-        warn_failed_gates(adapter)
-        add_adapter(model, "reference", adapter, args)
-    if args.reward_fn:
-        reward: Any = load_function(args.reward_fn)
-    else:
-        reward = load_reward_model(args.reward_model or str(TINY / "reward"), model, base, tokenizer, args, device)
-    critic_head = add_critic(model, reward, adapter, args)
-    return model, tokenizer, stop_ids, reward, critic_head, base
-
-
-def load_prompts(args: Args, tokenizer: Any) -> tuple[list[dict], list[dict]]:
-    """(training, held-out) prompts."""
-
-    def encode(row: dict) -> list[dict]:
-        return encode_rl(row, tokenizer, args.max_prompt_length)
-
-    prompts = encode_rows(args.dataset, args.dataset_split, [("prompt",)], encode)
-    heldout = args.eval_dataset or (str(TINY / "prompts_eval.jsonl") if args.dataset == Args.dataset else None)
-    if heldout is None and not args.eval_size:
-        raise UserError("--eval_size 0: RL is judged on held-out prompts; hold some out or give --eval_dataset")
-    if heldout is None:
-        return hold_out(prompts, args.eval_size, args.seed)
-    return prompts, encode_rows(heldout, args.dataset_split, [("prompt",)], encode)
-
-
-def main(args: Args) -> None:
-    """PPO with four roles on one base (ppo.py)."""
-    began = time.time()
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=args.report_to)
-    device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
-    torch.manual_seed(args.seed)
-    check_args(args, world)
-
-    # Roles, data, optimisers, run folder
-    model, tokenizer, stop_ids, reward, critic_head, base = load_roles(args, device)
-    prompts, heldout = load_prompts(args, tokenizer)
-    ptx = load_ptx(args, tokenizer) if args.ptx_dataset else []
-    args.gold_fn = args.gold_fn or (f"{TINY / 'annotator.py'}:gold" if args.dataset == Args.dataset else None)
-    gold = load_function(args.gold_fn) if args.gold_fn else None
-    lengths, n_prompts = [len(p["ids"]) for p in prompts], args.batch_size // args.samples_per_prompt
-    total_steps = math.ceil(args.epochs * len(prompts) / n_prompts)
-    total_steps = min(total_steps, args.max_steps) if args.max_steps else total_steps
-    print(
-        f"ppo: {len(prompts)} prompts of {np.mean(lengths):.0f} tokens, {len(heldout)} held out; {total_steps} steps "
-        f"of {n_prompts} x {args.samples_per_prompt} responses; {args.quant}, {args.dtype}, {device.type} x {world}; "
-        f"one base, adapters {', '.join(model.peft_config)}"
-    )
-    policy_parameters = adapter_parameters(model, "policy")
-    critic_parameters = [*adapter_parameters(model, "critic"), *critic_head.parameters()]
-    policy_optimizer = make_optimizer(policy_parameters, args.weight_decay, device)
-    critic_optimizer = make_optimizer(critic_parameters, args.weight_decay, device)
-    kl_coef, first_step, gates = args.kl_coef, 0, []
-    folder, state = open_run(args, "ppo", accelerator)
-    accelerator.init_trackers("ppo", config={k: str(v) for k, v in asdict(args).items()})
-    if state is not None:
-        first_step, kl_coef, gates = state["step"], state["kl_coef"], [tuple(gate) for gate in state["gates"]]
-        for p, saved in zip([*policy_parameters, *critic_parameters], state["parameters"], strict=True):
-            p.data.copy_(saved)
-        policy_optimizer.load_state_dict(state["policy_optimizer"])
-        critic_optimizer.load_state_dict(state["critic_optimizer"])
-    before = evaluate(model, tokenizer, "reference", heldout, reward, gold, stop_ids, args)
-    after: dict = {}
-
-    for step in range(first_step, total_steps):
-        start = time.time()
-
-        # 1. Rollout: sample y ~ pi_old(.|x)
-        places = list(range(n_prompts))[rank::world]  # a prompt's place in the batch names its noise
-        chosen = [prompts[i] for i in batch_indices(step, lengths, n_prompts, args.seed)[rank::world]]
-        key = (args.seed, 0, step)
-        rollout = roll_out(
-            model, tokenizer, chosen, places, args.samples_per_prompt, stop_ids, args, key, "policy", args.minibatches
-        )
-        mask, sampled = rollout.mask, time.time()
-
-        # 2. Score: R at the last token; log pi_old, log pi_ref and V at every token
-        old_logprobs, entropy = role_logprobs(model, "policy", rollout, args.temperature)
-        ref_logprobs, _ = role_logprobs(model, "reference", rollout, args.temperature)
-        old_values = role_values(model, critic_head, rollout)
-        scores = fill_missing(score_responses(rollout, reward, args), args)
-        if step == 0:
-            gates = preflight(model, rollout, old_logprobs, ref_logprobs, args)
-
-        # 3. Per-token rewards, advantages and returns; advantages whitened over the whole batch
-        penalised = final_scores(scores, rollout.ended, args)
-        rewards = kl_penalty_rewards(penalised, old_logprobs, ref_logprobs, mask, kl_coef)
-        advantages, returns = gae(rewards, old_values, mask, args.gamma, args.gae_lambda)
-        advantages = masked_whiten(advantages, mask, lambda sums: accelerator.reduce(sums, "sum"))
-        scored = time.time()
-
-        # 4. ppo_epochs passes over minibatches: the policy's update, then the critic's
-        learning_rate = learning_rate_at(step, total_steps, args.learning_rate, args.warmup_ratio)
-        critic_rate = learning_rate_at(step, total_steps, args.critic_learning_rate, args.warmup_ratio)
-        updates: list[list[float]] = []
-        for minibatch in passes(rollout.minibatches, args.ppo_epochs, (args.seed, step)):
-            (n_tokens,) = global_sums(accelerator, sum(rows.mask.sum().item() for _, rows in minibatch))
-            policy, norm = [0.0, 0.0, 0.0], 0.0
-            if step >= args.critic_warmup:
-                policy = policy_backward(model, minibatch, old_logprobs, advantages, n_tokens, args)
-                policy = global_sums(accelerator, *policy)
-                if args.early_stop_kl and policy[2] > args.early_stop_kl:
-                    policy_optimizer.zero_grad(set_to_none=True)
-                    break
-                if ptx:
-                    number = step * args.ppo_epochs * args.minibatches + len(updates)
-                    ptx_backward(model, ptx, number, tokenizer.pad_token_id, accelerator, args)
-                norm = update(policy_optimizer, learning_rate, args.max_grad_norm, accelerator)
-            value_loss = critic_backward(model, critic_head, minibatch, old_values, returns, n_tokens, args)
-            critic_norm = update(critic_optimizer, critic_rate, args.max_grad_norm, accelerator)
-            updates.append([*policy, *global_sums(accelerator, value_loss), norm, critic_norm])
-        seconds = time.time() - start
-
-        # 5. Log, adapt the KL coefficient, evaluate, save
-        golds = call_function(gold, str(args.gold_fn), rollout.prompts, rollout.texts) if gold else None
-        log_ratio = old_logprobs - ref_logprobs
-        means = rollout_metrics(rollout, scores, rewards, log_ratio, entropy, old_values, returns, golds, accelerator)
-        losses = dict(zip(UPDATE_METRICS, np.mean(updates, axis=0).tolist(), strict=True)) if updates else {}
-        metrics = {
-            "step": step,
-            **means,
-            **losses,
-            "updates": len(updates),
-            "learning_rate": learning_rate,
-            "kl_coef": kl_coef,
-        }
-        if args.kl_target:
-            kl_coef = adapt_kl_coef(kl_coef, means["kl"], args.kl_target, args.batch_size, args.kl_horizon)
-        if step + 1 == total_steps or (args.eval_every and (step + 1) % args.eval_every == 0):
-            after = evaluate(model, tokenizer, "policy", heldout, reward, gold, stop_ids, args)
-            metrics |= {
-                f"heldout_{name}": interval(after[name])[0] for name in ("score", "gold", "kl") if name in after
-            }
-        timing = {"seconds": seconds, "rollout_seconds": sampled - start, "score_seconds": scored - sampled,
-                  "tokens_per_second": means["response_length"] * args.batch_size / seconds,
-                  "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else 0}  # fmt: skip
-        log_step(folder, metrics, timing, accelerator)
-        if accelerator.is_main_process:
-            bar = "#" * round(20 * (step + 1) / total_steps)
-            shown = [f"{n} {means[n]:.2f}" for n in ("score", "gold", "kl", "response_length", "entropy") if n in means]
-            print(f"[{bar:20}] {step + 1}/{total_steps} | {' | '.join(shown)} | {seconds:.1f} s", flush=True)
-        if args.save_every and (step + 1) % args.save_every == 0 and accelerator.is_main_process:
-            values = [p.detach().cpu() for p in [*policy_parameters, *critic_parameters]]
-            saved = {"step": step + 1, "kl_coef": kl_coef, "gates": gates, "parameters": values}
-            saved |= {
-                "policy_optimizer": policy_optimizer.state_dict(),
-                "critic_optimizer": critic_optimizer.state_dict(),
-            }
-            save_checkpoint(folder, saved)
-
-    # Result: the policy's adapter, held-out responses of both, the table, gates
-    after = after or evaluate(model, tokenizer, "policy", heldout, reward, gold, stop_ids, args)
-    if not accelerator.is_main_process:
-        return
-    write_json(folder / "args.json", asdict(args))
-    save_adapter(folder, model, "policy", base, tokenizer)
-    write_samples(folder, heldout, {"sft": before, "ppo": after})
-    for i in range(min(3, len(heldout))):
-        print(f"\nprompt  {heldout[i]['prompt']}\nbefore  {before['texts'][i]}\nafter   {after['texts'][i]}")
-    print(f"\n{closing_table(before, after, 'PPO', time.time() - began)}")
-    name = "gold" if gold else "score"
-    low = interval(after[name] - before[name])[1]
-    write_report(folder, "ppo", base_identity(base), [*gates, (f"{name}_low", low, 0.0, bool(low > 0))])
-    plot_curves(folder, ["score", "gold", "kl", "entropy", "response_length", "explained_variance"])
-    accelerator.end_training()
-    print(f"ppo: wrote {folder}")
+            row |= {key: float(result[key][i]) for key in ("score", "gold") if key in result}
+            rows.append({**row, "step": run.total_steps})
+        run.add("samples.jsonl", rows)
+        values = {k: interval(x) for k, x in result.items() if k not in ("texts", "ended")}
+        table[name] = {**values, "ended": wilson_interval(result["ended"].mean(), len(prompts))}
+    key = "gold" if "gold" in after else "score"
+    known = ~np.isnan(after.get(key, math.nan) - before.get(key, math.nan))
+    if known.any():  # a judge may have declined them all
+        won = float((np.sign(after[key] - before[key])[known] / 2 + 0.5).mean())  # a tie counts half
+        table[f"{key}_win_rate"] = (won, *wilson_interval(won, int(known.sum())))
+    for i in range(min(3, len(prompts))):
+        print(f"\nprompt  {prompts[i]['prompt']}\nbefore  {before['texts'][i]}\nafter   {after['texts'][i]}")
+    print(f"\n{f'{len(prompts)} held-out prompts':26}{'SFT (reference)':>28}{run.stage.upper() + ' (policy)':>28}")
+    for name in table["sft"]:
+        cells = [" ".join(f"{x:.3f}" for x in table[model][name]) for model in ("sft", run.stage)]
+        print(f"{name:26}{cells[0]:>28}{cells[1]:>28}")
+    print(f"{key + ' win-rate over SFT':26}{'':28}{' '.join(f'{x:.3f}' for x in table.get(f'{key}_win_rate', ())):>28}")
+    return json.loads(json.dumps(table), parse_constant=lambda constant: None)  # NaN is no JSON
 
 
 if __name__ == "__main__":

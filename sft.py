@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = ["torch==2.13.0", "transformers==5.23.0", "datasets==5.2.0", "bitsandbytes==0.50.2", "peft==0.21.2",
-#     "accelerate==1.15.0", "safetensors", "numpy", "matplotlib"]
+#     "accelerate==1.15.0", "safetensors", "numpy", "matplotlib", "tqdm"]
 # ///
 """Supervised fine-tuning: the first stage of RLHF (Ouyang et al. 2022, InstructGPT, section 3.5, "SFT").
 
@@ -9,34 +9,42 @@ The loss is the negative log-likelihood of the assistant's tokens y given everyt
 
     L(theta) = - 1/N  sum over examples, sum over assistant tokens t of   log pi_theta(y_t | x, y_<t)
 
-where N counts the assistant tokens of the whole batch (not of a micro-batch), so the batch may be cut up freely.
+where N counts the assistant tokens of the whole batch (not of a row), so the batch may be cut up freely. Each step:
+
+    1. a batch of conversations, laid out in flat rows of tokens that can't see each other
+    2. the gradient of L, row by row
+    3. the update
 
     python sft.py                                         # the embedded world in tiny/, about a minute on two cores
     python sft.py --model Qwen/Qwen2.5-7B --dataset HuggingFaceH4/ultrachat_200k --dataset_split train_sft
     python sft.py --lora_r 0 --model ckpt --dataset text.jsonl            # all weights: the result is a new base model
 
-Data (hub id, or local .jsonl, .json, .parquet; one of these column sets):
+Data (hub id, or local .jsonl, .json, .csv, .parquet, folder; one of these column sets; `system`, `tools` if wanted):
     messages                 [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}, ...]
     prompt, completion       strings (a string prompt is one user message) or message lists
     text                     plain text, every token counts; longer than the window: cut into consecutive windows
 
-Writes runs/sft/: the LoRA adapter in PEFT's format (a whole model with --lora_r 0), tokenizer, args.json, report.json,
-metrics.jsonl, timing.jsonl, samples.jsonl, curves.png, checkpoint/.
+Writes runs/sft/: the LoRA adapter in PEFT's format (a whole model with --lora_r 0), tokenizer, generation_config.json,
+args.json, metrics.jsonl, timing.jsonl, samples.jsonl, curves.png, result.json, checkpoint.pt.
 """
 
-import bisect
 import contextlib
 import hashlib
+import importlib.util
 import json
 import logging
 import math
 import os
+import re
+import shutil
+import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -44,44 +52,23 @@ import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from datasets import Dataset, load_dataset, load_from_disk
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    GenerationConfig,
-    HfArgumentParser,
-)
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, HfArgumentParser
 
 TINY = Path(__file__).resolve().parent / "tiny"
-HEAD_KEY = "base_model.model.score.weight"  # where AutoModelForSequenceClassification + PEFT look for the head
-SHARED_ROW_MODELS = (  # model types with plain attention, where tests hold shared rows to padded ones
-    "llama", "qwen2", "qwen3", "mistral", "phi3", "smollm3", "gpt2", "gemma2", "gemma3_text",
-)  # fmt: skip
-PLAIN_TEMPLATE = (  # for models that come without a chat template: no new token is added to the vocabulary
-    "{% for m in messages %}{% if m['role'] == 'assistant' %}Assistant: {{ m['content'] }}{{ eos_token }}\n{% else %}"
-    "{{ m['role'] | capitalize }}: {{ m['content'] }}\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}Assistant:{% endif %}"
-)
-TEXT_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"  # --chat_template text: no markup, continuation
-
-
-# ------------------------------------------------------------------------------------------------------- arguments
-class UserError(Exception):
-    """A mistake in what the user gave, printed as one line: what, where, what was expected, what to do."""
-
-
-class BadRow(Exception):
-    """A row that can't be used: BadRow(reason, detail); rows are counted by reason, the first detail is shown."""
+TINY_SETTINGS: dict[str, Any] = {  # for its 0.9 M parameters: used where --dataset lies in tiny/ and no flag is given
+    "learning_rate": 2e-3, "epochs": 3.0, "tokens_per_batch": 512, "quant": "none", "dtype": "float32",
+}  # fmt: skip
 
 
 def arg(default: Any, help: str) -> Any:
     """One dataclass field = one command-line flag with its --help text."""
-    text = {"help": help.replace("%", "%%")}
-    return field(default_factory=default, metadata=text) if callable(default) else field(default=default, metadata=text)
+    return field(default=default, metadata={"help": help.replace("%", "%%")})
 
 
 @dataclass
@@ -93,6 +80,7 @@ class Args:
     revision: str | None = arg(None, "branch, tag or commit of a hub model")
     trust_remote_code: bool = arg(False, "run model code that comes with a hub model")
     chat_template: str | None = arg(None, "plain, text (no markup) or a Jinja file; default: the tokenizer's own")
+    template_kwargs: str | None = arg(None, 'variables of the chat template, as JSON: {"enable_thinking": false}')
     lora_r: int | None = arg(None, "LoRA rank; default: the loaded adapter's, else 16; 0 trains all weights (sft only)")
     lora_alpha: float | None = arg(None, "LoRA scale numerator; default: the loaded adapter's, else 2 * rank")
     lora_target_modules: list[str] | None = arg(
@@ -100,52 +88,33 @@ class Args:
     )
     gradient_checkpointing: bool | None = arg(None, "recompute activations in backward; default: on a GPU")
     # data
-    dataset: str = arg(str(TINY / "sft.jsonl"), "training data: hub id or local .jsonl, .json, .parquet")
+    dataset: str = arg(str(TINY / "sft.jsonl"), "training data: hub id, .jsonl, .json, .csv or .parquet file, folder")
     dataset_split: str = arg("train", "split of a hub dataset")
+    dataset_config: str | None = arg(None, "configuration of a hub dataset that has several")
+    columns: str | None = arg(None, "columns that have other names: prompt=question,completion=answer")
     eval_dataset: str | None = arg(None, "held-out data; default: --eval_size of the training data, split by prompt")
-    eval_size: float = arg(0.05, "held-out share (below 1) or number of rows where no --eval_dataset is given")
+    eval_size: float = arg(0.05, "held-out share (below 1) or number of prompts where no --eval_dataset is given")
     max_prompt_length: int = arg(512, "longer prompts are dropped and counted, never cut (tokens)")
     max_response_length: int = arg(512, "longest response (tokens)")
     last_turn_only: bool = arg(False, "supervise the last assistant turn only, not every one")
-    packing: bool = arg(True, "several examples per row, blind to each other; same loss, less padding")
     # optimisation
-    learning_rate: float = arg(2e-3, "peak learning rate; for LoRA on 7B: sft 2e-4, reward 1e-4, dpo 1e-5, RL 2e-5")
-    warmup_ratio: float = arg(0.05, "share of the steps with rising learning rate; cosine to a tenth after it")
+    learning_rate: float = arg(2e-4, "peak learning rate: linear warm-up, then a cosine down to a tenth")
+    warmup_ratio: float = arg(0.05, "share of the steps with rising learning rate")
     weight_decay: float = arg(0.0, "AdamW weight decay")
     max_grad_norm: float = arg(1.0, "gradients longer than this are scaled down to it")
-    batch_size: int = arg(
-        32, "examples per step, all processes together (reward, dpo: prompts with all their pairs; RL: responses)"
+    batch_size: int = arg(32, "per step: examples; reward, dpo: prompts with their responses; RL: responses")
+    tokens_per_batch: int | None = arg(
+        None, "tokens per flat row: memory, not the result; default: 1024, 4096 on a GPU"
     )
-    micro_batch_size: int = arg(
-        8, "rows (reward, dpo: prompts; RL: responses) per forward pass: memory, not the result"
-    )
-    tokens_per_micro_batch: int = arg(
-        0, "most tokens per training pass, padding included; a longer example goes alone; 0: any number"
-    )
-    epochs: float = arg(3.0, "passes over the dataset")
+    epochs: float = arg(1.0, "passes over the dataset")
     max_steps: int = arg(0, "stop after this many steps; 0: no limit; the smaller bound wins")
     # run
     output_dir: str = arg("runs/sft", "run folder; an existing one is renamed unless --resume")
     seed: int = arg(0, "decides everything on CPU")
     eval_every: int = arg(0, "steps between evaluations on held-out data; 0: at the end only")
-    save_every: int = arg(0, "steps between checkpoints; 0: none")
-    resume: bool = arg(False, "continue from the newest checkpoint of --output_dir")
-    report_to: list[str] | None = arg(None, "trackers that accelerate knows: wandb, tensorboard, ...")
-
-
-def run_cli(main: Callable[[Any], Any], args_class: Any) -> None:
-    """Parse the command line into `args_class` and run `main`: mistakes of the user are one line, not a traceback."""
-    script = Path(sys.argv[0]).name
-    parser = HfArgumentParser(args_class, description=main.__doc__, allow_abbrev=False)
-    try:
-        (args,) = parser.parse_args_into_dataclasses(look_for_args_file=False)
-    except ValueError as error:  # an unknown flag
-        print(f"{script}: {error}; `python {script} --help` lists the flags", file=sys.stderr)
-        sys.exit(2)
-    try:
-        main(args)
-    except UserError as error:
-        sys.exit(f"{script}: {error}")
+    save_every: int = arg(100, "steps between checkpoints; Ctrl-C and the last step write one too")
+    resume: bool = arg(False, "go on from the checkpoint in --output_dir; --max_steps and --epochs may have grown")
+    report_to: list[str] | None = arg(None, "trackers that accelerate knows: wandb, tensorboard, trackio, ...")
 
 
 # ------------------------------------------------------------------------------------------------------- the maths
@@ -204,188 +173,722 @@ def chunked_logprobs(
     return logprobs, entropy
 
 
-# ------------------------------------------------------------------------------------------------------------ data
-def read_rows(source: str, split: str, skipped: dict[str, list]) -> list[dict]:
-    """Rows of a hub dataset or a local .jsonl, .json or .parquet file; "_row" is the line or row number, from 1."""
-    path = Path(source)
-    if path.suffix == ".jsonl" and path.is_file():
-        rows = []
-        for number, line in enumerate(path.read_bytes().rstrip().split(b"\n"), 1):
-            try:
-                rows.append({**json.loads(line), "_row": number})
-            except (ValueError, TypeError):
-                skipped.setdefault("not a JSON object", [0, number, repr(line[:60])])[0] += 1
-        return rows
-    from datasets import load_dataset  # 1 s that the other paths need not wait for
+# --------------------------------------------------------------------------------------------------- the algorithm
+def main(args: Args) -> None:
+    """Supervised fine-tuning on assistant tokens (sft.py)."""
+    run = Run(args, "sft", ("loss", "heldout_loss", "entropy", "grad_norm"))
+    model, tokenizer, stop_ids, adapter = load_model(args, run.device)
+    if args.lora_r != 0:
+        model = add_adapter(model, "policy", adapter, args)
+    check(not (adapter and args.lora_r == 0), f"--lora_r 0 trains a whole model, but {args.model} is an adapter")
+    columns, window = ["messages", "prompt + completion", "text"], args.max_prompt_length + args.max_response_length
+    encode = partial(
+        encode_sft, tokenizer=tokenizer, stop_ids=stop_ids, window=window, last_turn_only=args.last_turn_only
+    )
+    examples, heldout = load_data(columns, encode, tokenizer, run)
+    check_positions(model, max([*examples["length"], *heldout["length"]]))
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = make_optimizer(weights, args)
+    total_steps = math.ceil(args.epochs * len(examples) / args.batch_size)
+    total_steps = min(total_steps, args.max_steps or total_steps)
+    first_loss = heldout_loss(model, heldout, run)
+
+    for step in run.steps(total_steps, weights, [optimizer]):
+        start = time.time()
+
+        # 1. A batch of conversations, laid out in flat rows
+        batch = take(examples, batch_indices(step, examples["length"], args.batch_size, args.seed))
+        n_tokens = sum(sum(e["mask"]) for e in batch)
+        rows = conversation_rows(batch[run.rank :: run.world], model, args)
+
+        # 2. The gradient of the mean over the batch's assistant tokens, row by row
+        sums = torch.zeros(2, device=run.device)
+        with role(model, "policy", grad=True):
+            for row in rows:
+                logprobs, entropy = token_logprobs(model, row)
+                loss = sft_loss(logprobs, torch.ones_like(logprobs), n_tokens)
+                loss.backward()
+                sums += torch.stack([loss.detach(), entropy.sum() / n_tokens])
+
+        # 3. The update
+        learning_rate = learning_rate_at(step, total_steps, args.learning_rate, args.warmup_ratio)
+        grad_norm = run.clip_gradients(optimizer, learning_rate)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        # 4. Log, evaluate
+        loss_sum, entropy_sum = run.total(*sums.tolist())
+        metrics = {"step": step, "loss": loss_sum, "entropy": entropy_sum, "tokens": n_tokens}
+        metrics |= {"grad_norm": grad_norm, "learning_rate": learning_rate}
+        seconds = time.time() - start
+        if run.evaluates(step):
+            metrics["heldout_loss"] = heldout_loss(model, heldout, run)
+            run.add("samples.jsonl", samples(model, tokenizer, heldout, stop_ids, step, args))
+        run.log(metrics, {"seconds": seconds, "tokens_per_second": sum(e["length"] for e in batch) / seconds})
+
+    table = {"heldout_loss_before": first_loss, "heldout_loss": heldout_loss(model, heldout, run)}
+    run.finish(model, "policy", tokenizer, stop_ids, table)
+
+
+# =================================================================================================================
+# The rest is plumbing, in the order in which main calls it: run folder, model and roles, data, flat rows, samples.
+# =================================================================================================================
+HEAD_KEY = "base_model.model.score.weight"  # where AutoModelForSequenceClassification + PEFT look for a reward head
+FLAT_ROW_MODELS = ("llama", "qwen2", "qwen3", "mistral", "phi3", "smollm3", "gpt2", "gemma2", "gemma3_text")
+ABOVE_ZERO = (  # number flags that may not be 0; none may be below
+    "max_grad_norm batch_size tokens_per_batch epochs save_every max_prompt_length max_response_length temperature "
+    "samples_per_prompt sample_batch_size kl_horizon ppo_epochs minibatches mu beta"
+).split()
+ENCODING = (
+    "max_prompt_length",
+    "max_response_length",
+    "last_turn_only",
+    "columns",
+)  # flags that change what is encoded
+MAY_CHANGE = (  # when a run is resumed: its length, and what costs memory or time only
+    "resume report_to max_steps epochs save_every eval_every tokens_per_batch sample_batch_size gradient_checkpointing"
+).split()
+PLAIN_TEMPLATE = (  # for models that come without a chat template: no new token is added to the vocabulary
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}Assistant: {{ m['content'] }}{{ eos_token }}\n{% else %}"
+    "{{ m['role'] | capitalize }}: {{ m['content'] }}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+TEXT_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"  # --chat_template text: no markup, continuation
+
+
+class UserError(Exception):
+    """A mistake in what the user gave, printed as one line: what, where, what was expected, what to do."""
+
+
+class BadRow(Exception):
+    """A row that can't be used: BadRow(reason, detail); rows are counted by reason, the first detail is shown."""
+
+
+def check(fine: Any, message: str) -> None:
+    """A mistake of the user stops the run with one line."""
+    if not fine:
+        raise UserError(message)
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's exception says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def run_cli(main: Callable[[Any], Any], args_class: Any) -> None:
+    """Parse the command line into `args_class` and run `main`: mistakes of the user are one line, not a traceback."""
+    script, parser = Path(sys.argv[0]).name, HfArgumentParser(args_class, description=main.__doc__, allow_abbrev=False)
+    try:
+        (args,) = parser.parse_args_into_dataclasses(look_for_args_file=False)
+        if Path(args.dataset).resolve().parent == TINY:
+            parser.set_defaults(**TINY_SETTINGS)
+            (args,) = parser.parse_args_into_dataclasses(look_for_args_file=False)
+            print(f"{script}: settings for tiny/:", *(f"--{name} {getattr(args, name)}" for name in TINY_SETTINGS))
+    except ValueError as error:  # an unknown flag
+        print(f"{script}: {error}; `python {script} --help` lists the flags", file=sys.stderr)
+        sys.exit(2)
+    try:
+        main(args)
+    except (UserError, OSError) as error:  # OSError: a full disk, a folder that can't be written
+        sys.exit(f"{script}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"{script}: stopped at once; --resume goes on from the last checkpoint, if there is one")
+
+
+# ------------------------------------------------------------------------------------------------------ run folder
+class Run:
+    """A run: its processes, its steps with their checkpoints, its folder.
+
+    Nothing is written before the first step has been done: a run that fails at once moves no good folder away.
+    """
+
+    def __init__(self, args: Any, stage: str, curves: tuple[str, ...]) -> None:
+        for name, value in asdict(args).items():
+            fine = not isinstance(value, int | float) or value > 0 or (value == 0 and name not in ABOVE_ZERO)
+            check(fine, f"--{name} {value}: must be above 0{' or 0' * (name not in ABOVE_ZERO)}")
+        for tracker in args.report_to or []:
+            check(importlib.util.find_spec(tracker), f"--report_to {tracker}: not installed; pip install {tracker}")
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns that an optional package is missing
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")  # calls between the two
+        transformers.utils.logging.disable_progress_bar()
+        torch.manual_seed(args.seed)
+        self.args, self.stage, self.curves, self.folder = args, stage, curves, Path(args.output_dir)
+        gpu, trackers = torch.cuda.is_available(), args.report_to
+        self.processes = Accelerator(cpu=not gpu, log_with=trackers, project_dir=self.folder)
+        self.device, self.rank = self.processes.device, self.processes.process_index
+        self.world, self.main = self.processes.num_processes, self.processes.is_main_process
+        self.began, self.step, self.data, self.interrupted, self.started = time.time(), 0, "", False, False
+
+    def total(self, *values: float) -> list[float]:
+        """The values summed over all processes, in float64."""
+        return self.processes.reduce(torch.tensor(values, dtype=torch.float64, device=self.device), "sum").tolist()
+
+    def clip_gradients(self, optimizer: Any, learning_rate: float) -> float:
+        """Before optimizer.step(): set the learning rate, sum gradients over processes, scale them down to
+        --max_grad_norm; -> their norm before that.
+
+        Losses are divided by the global count before backward, so the sum over rows and processes is the mean. This
+        waits for the GPU: a loss or gradient that is no number must not reach the weights.
+        """
+        (group,) = optimizer.param_groups
+        group["lr"] = learning_rate
+        for p in group["params"] if self.world > 1 else []:
+            p.grad = self.processes.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "sum")
+        norm = nn.utils.clip_grad_norm_(group["params"], self.args.max_grad_norm).item()
+        cause = f"lower the learning rate, here {learning_rate:.1e}, or look for NaN in the model's weights"
+        check(math.isfinite(norm), f"step {self.step + 1}: the loss or its gradient is not finite ({norm}); {cause}")
+        return norm
+
+    def steps(self, total_steps: int, weights: list, optimizers: list, extra: dict | None = None) -> Iterator[int]:
+        """The steps to be done, after --resume those that are left; each --save_every steps, after Ctrl-C or SIGTERM
+        (once more: stop at once) and at the end a checkpoint with weights, optimizers and the numbers in `extra`."""
+        self.total_steps, extra = total_steps, {} if extra is None else extra
+        self.settings = {**asdict(self.args), "data": self.data}
+        self.first_step = self.load_checkpoint(weights, optimizers, extra) if self.args.resume else 0
+        self.loop_began = time.time()
+        before = [signal.signal(number, self.interrupt) for number in (signal.SIGINT, signal.SIGTERM)]
+        try:
+            for step in range(self.first_step, total_steps):
+                self.step = step
+                yield step
+                done, stopped = step + 1, self.total(self.interrupted)[0] > 0
+                if self.main and (stopped or done % self.args.save_every == 0 or done == total_steps):
+                    states = [optimizer.state_dict() for optimizer in optimizers]
+                    self.save({"step": done, "weights": weights, "optimizers": states, "extra": extra})
+                check(not stopped, f"stopped after step {done} of {total_steps}; add --resume to go on from there")
+        finally:
+            for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+                signal.signal(number, handler)
+
+    def interrupt(self, *signal_and_frame: Any) -> None:
+        """The first signal lets the step end, the second does not."""
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        print(f"\n{self.stage}: stopping after step {self.step + 1}; once more to stop at once", flush=True)
+
+    def load_checkpoint(self, weights: list, optimizers: list, extra: dict) -> int:
+        """Put checkpoint.pt's state into weights, optimizers and `extra`, cut later lines off; -> the next step."""
+        try:
+            recorded = json.loads((self.folder / "args.json").read_text())
+            state = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a missing or damaged file raises
+            raise UserError(f"--resume: no checkpoint in {self.folder} ({first_line(error)}); start without") from error
+        changed = {k: v for k, v in self.settings.items() if recorded.get(k) != v and k not in MAY_CHANGE}
+        flags = ", ".join(f"--{k} {v} (was {recorded.get(k)})" for k, v in changed.items())
+        check(not changed, f"--resume: {self.folder} was started with other settings (data: rows): {flags}")
+        for weight, saved in zip(weights, state["weights"], strict=True):
+            weight.data.copy_(saved)
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        extra.update(state["extra"])
+        for path in self.folder.glob("*.jsonl") if self.main else []:
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] < state["step"]]
+            path.write_text("".join(kept), encoding="utf-8")
+        return state["step"]
+
+    def evaluates(self, step: int) -> bool:
+        """Whether an evaluation follows this step: each --eval_every, and the last."""
+        return step + 1 == self.total_steps or bool(self.args.eval_every and (step + 1) % self.args.eval_every == 0)
+
+    def save(self, state: dict) -> None:
+        """checkpoint.pt, by way of a temporary name: a killed run or a full disk leaves the old one or the new one."""
+        try:
+            with (self.folder / "checkpoint.tmp").open("wb") as stream:
+                torch.save(state, stream)
+        except (OSError, RuntimeError) as error:  # on a full disk torch has words of its own
+            why = first_line(error.__context__ or error)
+            raise UserError(f"{self.folder}: the checkpoint can't be written ({why}); the last one is there") from error
+        (self.folder / "checkpoint.tmp").replace(self.folder / "checkpoint.pt")
+
+    def add(self, name: str, rows: list[dict]) -> None:
+        """More lines of a .jsonl file of the folder, which is made when there is something to write."""
+        if not self.started:
+            if self.main and not self.args.resume and self.folder.exists():
+                older = next(p for n in range(1, 10**6) if not (p := Path(f"{self.folder}.{n}")).exists())
+                print(f"{self.stage}: the existing {self.folder} is now {self.folder.rename(older)}")
+            if self.main and not self.args.resume:
+                self.folder.mkdir(parents=True)
+                (self.folder / "args.json").write_text(json.dumps(self.settings, indent=1))
+            self.processes.init_trackers(self.stage, config={k: str(v) for k, v in self.settings.items()})
+            self.started = True
+        lines = [json.dumps({k: v for k, v in row.items() if v == v}, ensure_ascii=False) + "\n" for row in rows]
+        if self.main:  # v == v: NaN is no JSON
+            with (self.folder / name).open("a", encoding="utf-8") as stream:
+                stream.writelines(lines)
+
+    def log(self, metrics: dict, timing: dict) -> None:
+        """One line in metrics.jsonl (a function of the arguments alone), in timing.jsonl, on the screen; curves.png."""
+        peak, done = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0, metrics["step"] + 1
+        self.add("metrics.jsonl", [{k: v if isinstance(v, int) else float(f"{v:.8g}") for k, v in metrics.items()}])
+        self.add("timing.jsonl", [{"step": metrics["step"], **timing, "peak_bytes": peak}])
+        self.processes.log({**metrics, **timing}, step=metrics["step"])
+        left = (time.time() - self.loop_began) / (done - self.first_step) * (self.total_steps - done)
+        shown = [f"{k} {metrics[k]:.3f}" for k in self.curves if k in metrics]
+        clock = f"{timing['seconds']:.2f} s | {left // 60:.0f}:{left % 60:02.0f} left"
+        if self.main:
+            print(f"{self.stage}: {done}/{self.total_steps}", *shown, clock, sep=" | ", flush=True)
+        if self.main and self.evaluates(metrics["step"]) and importlib.util.find_spec("matplotlib"):
+            self.plot_curves()
+
+    def plot_curves(self) -> None:
+        """curves.png: each curve of metrics.jsonl against the step."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        rows = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        keys = [key for key in self.curves if any(key in row for row in rows)]
+        figure, axes = pyplot.subplots(1, len(keys), figsize=(3.6 * len(keys), 3), squeeze=False, layout="tight")
+        for axis, key in zip(axes[0], keys, strict=True):
+            axis.plot([r["step"] for r in rows if key in r], [r[key] for r in rows if key in r], marker=".")
+            axis.set(title=key, xlabel="step")
+        figure.savefig(self.folder / "curves.png", dpi=110)
+        pyplot.close(figure)
+
+    def finish(self, model: Any, name: str, tokenizer: Any, stop_ids: list[int], table: dict, head: Any = None) -> None:
+        """The adapter `name` (or the whole model), all that loading and generating needs; result.json: the table."""
+        if self.main:
+            save_model(self.folder, model, name, tokenizer, stop_ids, head)
+            versions = {package: version(package) for package in ("torch", "transformers", "peft", "bitsandbytes")}
+            result = {"stage": self.stage, **table, "base": model.config._name_or_path, "versions": versions}
+            result = json.loads(json.dumps(result), parse_constant=lambda name: None)  # NaN is no JSON
+            (self.folder / "result.json").write_text(json.dumps(result, indent=1))
+            print(*(f"{k} {v:.3f}" for k, v in table.items() if isinstance(v, float)), sep=" | ")
+            print(f"{self.stage}: wrote {self.folder} in {time.time() - self.began:.0f} s")
+        self.processes.end_training()
+
+
+# ------------------------------------------------------------------------------------------------- model and roles
+def find_base(source: str) -> tuple[str, bool]:
+    """(base model, whether `source` is a PEFT adapter on it); a relative path may be relative to a parent of it."""
+    from peft import PeftConfig  # not before Run has silenced bitsandbytes, which it imports
 
     try:
-        if path.is_file() and path.suffix in (".json", ".parquet"):
-            data = load_dataset(path.suffix[1:], data_files=str(path), split="train")
-        elif path.exists() or path.suffix in (".jsonl", ".json", ".parquet"):
-            raise UserError(f"{source}: no such .jsonl, .json or .parquet file")
+        name = str(PeftConfig.from_pretrained(source).base_model_name_or_path)
+    except (ValueError, OSError, TypeError):  # no adapter_config.json there
+        return str(Path(source).resolve()) if Path(source).is_dir() else source, False
+    paths = [Path(name), *(parent / name for parent in Path(source).resolve().parents)]
+    found = next((str(path.resolve()) for path in paths if (path / "config.json").is_file()), None)
+    check(found or not Path(name).is_absolute(), f"{source}: its base {name} is gone; move it back or edit the path")
+    return found or name, True
+
+
+def settle_precision(args: Any, device: Any) -> None:
+    """Give every flag its value that depends on the run folder or on the machine."""
+    record, gpu, all_weights = Path(args.model, "args.json"), device.type == "cuda", args.lora_r == 0
+    if args.quant == "auto":
+        recorded = json.loads(record.read_text()).get("quant") if record.is_file() else None
+        args.quant = "none" if all_weights else recorded or ("nf4" if gpu else "none")
+    check(not all_weights or args.quant == "none", "--lora_r 0: 4-bit weights can't be trained; give --quant none")
+    if args.dtype == "auto":  # all weights: small updates would be lost in bfloat16, which old GPUs don't have either
+        half = (gpu or args.quant == "nf4") and not all_weights
+        args.dtype = "bfloat16" if half and (not gpu or torch.cuda.is_bf16_supported(False)) else "float32"
+    args.tokens_per_batch = args.tokens_per_batch or (4096 if gpu else 1024)
+    args.gradient_checkpointing = gpu if args.gradient_checkpointing is None else args.gradient_checkpointing
+
+
+def load_base(base: str, args: Any, device: Any, kind: Any = AutoModelForCausalLM) -> Any:
+    """The model in eval mode, every dropout 0: two passes over the same tokens must agree, RL trains on their ratio."""
+    options: dict[str, Any] = {"trust_remote_code": args.trust_remote_code, "dtype": getattr(torch, args.dtype)}
+    options["revision"] = args.revision if base == args.model else None
+    if args.quant == "nf4":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=options["dtype"], llm_int8_skip_modules=["lm_head", "score"],
+        )  # fmt: skip
+    probe = torch.arange(8, device=device)[None]
+    try:
+        model = kind.from_pretrained(base, device_map={"": device}, **options).eval()
+    except Exception as error:  # whatever a missing or damaged file raises
+        raise UserError(f"model {base}: can't be loaded ({first_line(error)})") from error
+    for module in [*model.modules(), model.config]:
+        for name in [n for n, x in vars(module).items() if isinstance(x, float) and ("drop" in n or n == "p")]:
+            setattr(module, name, 0.0)  # a dropout may be a number (OPT's, attention's, Falcon's in its config)
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes' repacked CPU weights pass no gradient;
+            module.support_avx512bf16_for_cpu = False  # the first pass would repack them
+            misread = device.type == "cpu" and module.in_features % 64 in (16, 32, 48)
+            check(not misread, f"model {base}: bitsandbytes misreads {module.in_features} inputs on CPU; --quant none")
+    try:
+        with torch.no_grad():
+            logits, states = model(probe).logits, model.base_model(probe, use_cache=False).last_hidden_state
+    except Exception as error:  # whatever an architecture that can't run here raises
+        raise UserError(f"model {base}: can't be run ({first_line(error)})") from error
+    scaled = kind is AutoModelForCausalLM and (lm_logits(model, states) - logits).norm() > 0.05 * logits.norm()
+    check(not scaled, f"model {base}: {model.config.model_type} scales its logits after lm_head; not supported")
+    if device.type == "cpu" and model.num_parameters() < 10**7:
+        torch.set_num_threads(1)  # so small a model gains little from threads, and loses much where cores are shared
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    compiler = any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang"))  # Triton asks for one
+    plain = model.config.model_type in FLAT_ROW_MODELS and model._supports_flex_attn
+    if device.type == "cuda" and args.tokens_per_batch >= 2048 and compiler and plain:
+        model.set_attn_implementation("flex_attention")
+    sizes = {True: 0.0, False: 0.0}  # experts of MoE layers are no Linear layers: bitsandbytes leaves them as they are
+    for p in model.parameters():
+        sizes[type(p).__name__ == "Params4bit"] += p.numel() * p.element_size() / 2**30
+    text = f"{sizes[True]:.2f} GiB in 4 bits, {sizes[False]:.2f} GiB not; {args.dtype}; rows of {args.tokens_per_batch}"
+    print(f"model: {base}: {text} tokens, {model.config._attn_implementation}; {device}")
+    return model
+
+
+def load_tokenizer(source: str, chat_template: str | None, args: Any) -> Any:
+    """Tokenizer with a chat template: `plain` where the model has none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
+        template = {None: tokenizer.chat_template or PLAIN_TEMPLATE, "plain": PLAIN_TEMPLATE, "text": TEXT_TEMPLATE}
+        tokenizer.chat_template = template.get(chat_template) or Path(str(chat_template)).read_text(encoding="utf-8")
+        for name, value in json.loads(args.template_kwargs or "{}").items():  # set in it: later stages keep it too
+            setting = f"{{%- set null = none -%}}{{%- set {name} = {json.dumps(value, ensure_ascii=False)} -%}}"
+            tokenizer.chat_template = setting + tokenizer.chat_template
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"tokenizer {source}, --chat_template, --template_kwargs: {first_line(error)}") from error
+    check(tokenizer.eos_token_id is not None, f"{source}: the tokenizer has no EOS token; a response could never end")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # for generate; masks come from lengths
+    return tokenizer
+
+
+def find_stop_ids(tokenizer: Any, generation_config: Any) -> list[int]:
+    """Tokens that end a response: the tokenizer's EOS, the model's own list, and the template's end of turn."""
+    eos = getattr(generation_config, "eos_token_id", None)
+    ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+    turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "XYZ"}]
+    try:
+        after = render(tokenizer, turn).rpartition("XYZ")[2].lstrip()
+    except BadRow as bad:
+        raise UserError(f"chat template: {': '.join(bad.args)}") from bad
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}  # all_special_ids lacks some
+    return sorted(ids | special.intersection(tokenizer(after, add_special_tokens=False)["input_ids"][:1]))
+
+
+def load_model(args: Any, device: Any) -> tuple[Any, Any, list[int], str | None]:
+    """(base model, tokenizer, stop ids, adapter or None) of --model: a base, or the run folder of an earlier stage."""
+    base, is_adapter = find_base(args.model)
+    settle_precision(args, device)
+    own = is_adapter and (Path(args.model, "tokenizer_config.json").is_file() or not Path(args.model).is_dir())
+    tokenizer, model = (
+        load_tokenizer(args.model if own else base, args.chat_template, args),
+        load_base(base, args, device),
+    )
+    words = model.get_input_embeddings().num_embeddings
+    check(len(tokenizer) <= words, f"{args.model}: {len(tokenizer)} tokens, but an embedding of {words}: not a pair?")
+    return model, tokenizer, find_stop_ids(tokenizer, model.generation_config), args.model if is_adapter else None
+
+
+def add_adapter(model: Any, name: str, source: str | None, args: Any) -> Any:
+    """The PEFT model with one more LoRA adapter, new or read from `source`; a reward head in `source` is left out:
+    inside PEFT it would be trained, saved and switched with the adapter."""
+    from peft import LoraConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
+
+    targets, rank = args.lora_target_modules or "all-linear", args.lora_r or 16
+    ends = {"lm_head", "embed_tokens", "wte", "embed_out", "score"}.intersection(targets)
+    check(not ends, f"--lora_target_modules {' '.join(ends)}: embeddings and heads stay as they are")
+    config = LoraConfig(r=rank, lora_alpha=args.lora_alpha or 2 * rank, target_modules=targets)
+    try:
+        if source:
+            config = LoraConfig.from_pretrained(source)
+            odd = config.use_dora or config.bias != "none" or config.init_lora_weights not in (True, False, "gaussian")
+            odd = odd or config.trainable_token_indices or config.modules_to_save not in (None, ["score"])
+            check(not odd, f"{source}: no plain LoRA (DoRA, PiSSA, biases, saved modules ...); merge it into its base")
+            loaded = {"lora_r": config.r, "lora_alpha": config.lora_alpha, "lora_target_modules": config.target_modules}
+            for flag, value in loaded.items():
+                given = getattr(args, flag)
+                same = given in (None, value) or (isinstance(given, list) and set(given) == set(value))
+                check(same, f"--{flag} {given} contradicts {source}, trained with {value}; drop the flag")
+        config.modules_to_save, config.lora_dropout, config.inference_mode = None, 0.0, False
+        config.task_type, config.base_model_name_or_path = "CAUSAL_LM", None  # PEFT fills in this base's
+        if hasattr(model, "peft_config"):
+            model.add_adapter(name, config)
         else:
-            data = load_dataset(source, split=split)
+            model = get_peft_model(model, config, name)
+        if source:
+            weights = {k: v for k, v in load_peft_weights(source, device="cpu").items() if k != HEAD_KEY}
+            result: Any = set_peft_model_state_dict(model, weights, adapter_name=name)
+            wrong = [key for key in result.missing_keys if f".{name}." in key] + result.unexpected_keys
+            check(not wrong, f"{source}: its layers are not those of this base ({wrong[:1]})")
     except UserError:
         raise
-    except Exception as error:  # whatever datasets raises
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"dataset {source}, split {split}: can't be read ({reason})") from error
-    return [{**row, "_row": number} for number, row in enumerate(data, 1)]
+    except Exception as error:  # whatever PEFT and safetensors raise
+        raise UserError(f"adapter {source or name}: {first_line(error)}") from error
+    return model
 
 
-def encode_rows(source: str, split: str, columns: list[tuple[str, ...]], encode: Callable[[dict], list]) -> list:
-    """encode(row) for every row of `source`, joined; bad rows are counted by reason and shown once.
+@contextlib.contextmanager
+def role(model: Any, name: str, grad: bool = False) -> Iterator[None]:
+    """Give the shared base one role: its adapter; train mode with gradients (checkpointing works), else eval mode (the
+    KV cache works). A role without an adapter, the reference of a bare base, runs with the adapters off.
 
-    `columns` are the alternative column sets of the stage; rows without any of them stop the run if none is usable.
+    Forward and backward belong in one such block: switching before backward gives silently wrong gradients.
     """
-    skipped: dict[str, list] = {}  # reason -> [count, first row, detail]
-    rows, examples = read_rows(source, split, skipped), []
-    for row in rows:
+    known = hasattr(model, "peft_config") and name in model.peft_config
+    off = hasattr(model, "peft_config") and not known
+    if known:
+        model.set_adapter(name)  # gradients for its weights only
+    model.train(grad)
+    with model.disable_adapter() if off else contextlib.nullcontext(), torch.set_grad_enabled(grad):
+        yield
+
+
+def make_optimizer(weights: list, args: Any) -> torch.optim.Optimizer:
+    """8-bit paged AdamW on a GPU, torch's AdamW elsewhere; the learning rate is set at every step."""
+    if weights[0].device.type != "cuda":
+        return torch.optim.AdamW(weights, lr=0.0, weight_decay=args.weight_decay)
+    import bitsandbytes
+
+    return bitsandbytes.optim.PagedAdamW8bit(weights, lr=0.0, weight_decay=args.weight_decay)
+
+
+def save_model(folder: Path, model: Any, name: str, tokenizer: Any, stop_ids: list[int], head: Any = None) -> None:
+    """The adapter as a standard PEFT folder (a whole model where there is none), tokenizer, every stop id; a head
+    (1, d) as AutoModelForSequenceClassification finds it. PEFT itself writes a named adapter into a folder below."""
+    from peft import get_peft_model_state_dict
+
+    if hasattr(model, "peft_config"):
+        config = {**model.peft_config[name].to_dict(), "inference_mode": True}
+        config["base_model_name_or_path"] = model.get_base_model().config._name_or_path
+        weights = {k: v.contiguous().cpu() for k, v in get_peft_model_state_dict(model, adapter_name=name).items()}
+        if head is not None:
+            config |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
+            weights[HEAD_KEY] = head.detach().float().cpu().contiguous()
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=1, default=sorted))
+        save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
+    else:
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for path in folder.glob("*.safetensors"):  # safetensors lets nobody else read what it writes
+        shutil.copymode(folder / "tokenizer_config.json", path)
+    GenerationConfig(eos_token_id=stop_ids, pad_token_id=tokenizer.pad_token_id).save_pretrained(folder)
+
+
+# ------------------------------------------------------------------------------------------------------------ data
+def read_rows(source: str, args: Any) -> Dataset:
+    """A hub dataset, a local file or folder; .jsonl as {"text": line}, because datasets' own reader of it stops at the
+    first bad line and turns text that looks like a date into a date."""
+    kind = Path(source.removesuffix(".gz")).suffix[1:]
+    try:
+        if kind in ("jsonl", "json", "csv", "parquet"):
+            options = {"encoding_errors": "backslashreplace"} if kind == "jsonl" else {}
+            return load_dataset("text" if kind == "jsonl" else kind, data_files=source, split="train", **options)
+        if Path(source, "state.json").is_file():
+            return load_from_disk(source)
+        return load_dataset(source, args.dataset_config, split=args.dataset_split)
+    except Exception as error:  # whatever datasets raises
+        why = first_line(error.__cause__ or error)
+        raise UserError(f"dataset {source}, split {args.dataset_split}: can't be read ({why})") from error
+
+
+def load_examples(source: str, columns: list[str], encode: Callable, tokenizer: Any, run: Run) -> Dataset:
+    """encode(row) -> examples {"key": its prompt, "length": tokens, ...} for every row; `take` gives them back.
+
+    Bad rows are counted by reason, and the first of each is shown. datasets keeps the result for the next run.
+    """
+    rows = read_rows(source, run.args)
+    lines = rows.column_names == ["text"] and ".jsonl" in source
+    names = dict(pair.split("=")[::-1] for pair in (run.args.columns or "").split(",") if "=" in pair)
+
+    def encode_row(row: dict) -> list[dict]:
         try:
-            if not any(all(row.get(name) is not None for name in names) for names in columns):
-                raise BadRow("a column is missing or null")
-            examples += encode(row)
-        except BadRow as bad:
-            detail = bad.args[1] if len(bad.args) > 1 else ""
-            skipped.setdefault(bad.args[0], [0, row["_row"], detail])[0] += 1
-    total = len(rows) + skipped.get("not a JSON object", [0])[0]
-    reasons = "; ".join(
-        f"{count} {reason} (first: row {row}{': ' + str(detail) if detail else ''})"
-        for reason, (count, row, detail) in skipped.items()
-    )
-    if not examples:
-        found = ", ".join(sorted({name for row in rows for name in row if name != "_row"})) or "none"
-        expected = " | ".join(" + ".join(names) for names in columns)
-        raise UserError(f"{source}: no usable row of {total}; columns found: {found}; expected: {expected}; {reasons}")
-    print(f"data: {source}: {len(examples)} examples from {total} rows" + (f"; left out: {reasons}" if reasons else ""))
+            row = {names.get(k, k): v for k, v in (json.loads(row["text"]) if lines else row).items()}
+            json.dumps(row, ensure_ascii=False, default=str).encode()  # half a surrogate pair is no text
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise BadRow("no JSON object of text", first_line(error)) from error
+        if not any(all(row.get(name) is not None for name in names.split(" + ")) for names in columns):
+            raise BadRow("a column is missing or null", "found " + ", ".join(k for k in row if row[k] is not None))
+        return encode(row)
+
+    def encode_batch(batch: dict, numbers: list[int]) -> dict:
+        found = []
+        for i, number in enumerate(numbers):
+            try:
+                examples = encode_row({name: values[i] for name, values in batch.items()})
+                found += [(e["key"], e["length"], json.dumps(e, default=str), "") for e in examples]
+            except BadRow as bad:
+                found.append(("", 0, "", json.dumps([bad.args[0], f"row {number + 1}: {' '.join(bad.args[1:])}"])))
+        return {name: list(x) for name, *x in zip(("key", "length", "example", "bad"), *found, strict=True)}
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    flags = {k: v for k, v in asdict(run.args).items() if k in ENCODING}
+    known = repr([(k, v) for k, v in getattr(encode, "keywords", {}).items() if k != "tokenizer"])  # stop ids, windows
+    words = [tokenizer.chat_template, backend.to_str() if backend else repr(tokenizer)]
+    how = [rows._fingerprint, source, columns, flags, known, *words]
+    with run.processes.main_process_first():
+        table = rows.map(
+            encode_batch, with_indices=True, batched=True, batch_size=100, remove_columns=rows.column_names,
+            num_proc=min(8, os.cpu_count() or 1) if len(rows) > 2000 else None, desc=f"encoding {source}",
+            new_fingerprint=hashlib.sha256(json.dumps([how, Path(__file__).read_text()]).encode()).hexdigest()[:32],
+        )  # fmt: skip
+    left_out: dict[str, list] = {}
+    for bad in (json.loads(text) for text in table["bad"] if text):
+        left_out.setdefault(bad[0], [0, bad[1]])[0] += 1
+    text = "; ".join(f"{n} {reason} ({first})" for reason, (n, first) in left_out.items())
+    examples = table.select(np.flatnonzero(np.array(table["bad"]) == ""))
+    check(len(examples), f"{source}: no usable row of {len(rows)}; expected {' | '.join(columns)}; left out: {text}")
+    print(f"data: {source}: {len(examples)} examples from {len(rows)} rows" + f"; left out: {text}" * bool(text))
     return examples
 
 
-def hold_out(examples: list, eval_size: float, seed: int) -> tuple[list, list]:
-    """(training, held-out) by prompt: every example of a prompt ("key") lies on the same side; eval_size 0: none."""
-    keys = sorted({e["key"] for e in examples}, key=lambda key: hashlib.sha256(f"{seed}{key}".encode()).digest())
-    n = math.ceil(eval_size * len(keys) if eval_size < 1 else eval_size)
-    if n >= len(keys):
-        raise UserError(f"--eval_size {eval_size} holds out {n} of {len(keys)} prompts and leaves none to train on")
-    chosen = set(keys[:n])
-    return [e for e in examples if e["key"] not in chosen], [e for e in examples if e["key"] in chosen]
+def take(examples: Dataset, numbers: Any) -> list[dict]:
+    """Those examples."""
+    return [json.loads(examples[int(i)]["example"]) for i in numbers]
 
 
-def to_messages(prompt: str | list[dict]) -> list[dict]:
-    """A string prompt is one user message; a message list stays as it is."""
-    if isinstance(prompt, str):
-        return [{"role": "user", "content": prompt}]
-    if not isinstance(prompt, list) or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt):
-        raise BadRow("neither a string nor a message list", str(prompt)[:60])
-    return prompt
+def load_data(columns: list[str], encode: Callable, tokenizer: Any, run: Run) -> tuple[Dataset, Dataset]:
+    """(training, held-out) examples: --eval_dataset, tiny's own, or --eval_size of the training data, by prompt."""
+    args = run.args
+    examples = load_examples(args.dataset, columns, encode, tokenizer, run)
+    run.data = hashlib.sha256("".join(examples["example"]).encode()).hexdigest()
+    beside = Path(args.dataset).with_name(f"{Path(args.dataset).stem}_eval.jsonl")
+    if args.eval_dataset or (beside.resolve().parent == TINY and beside.is_file()):
+        return examples, load_examples(args.eval_dataset or str(beside), columns, encode, tokenizer, run)
+    keys = sorted(set(examples["key"]), key=lambda key: hashlib.sha256(f"{args.seed}{key}".encode()).digest())
+    n = math.ceil(args.eval_size * len(keys) if args.eval_size < 1 else args.eval_size)
+    check(n < len(keys), f"--eval_size {args.eval_size} holds out {n} of {len(keys)} prompts, leaves none to train on")
+    held = np.isin(examples["key"], keys[:n])
+    return examples.select(np.flatnonzero(~held)), examples.select(np.flatnonzero(held))
 
 
-def render(tokenizer: Any, messages: list[dict], add_generation_prompt: bool) -> str:
+def check_positions(model: Any, longest: int) -> None:
+    """One line instead of an index error, or of silence, where sequences are longer than the model can place."""
+    positions = getattr(model.config, "max_position_embeddings", None) or math.inf
+    check(longest <= positions, f"{longest} tokens, but the model has {positions} positions; lower --max_prompt_length")
+
+
+def to_messages(row: dict, value: Any, tokenizer: Any) -> list[dict]:
+    """A message list, with the text of a `system` column first; a string is one user message. BadRow for all that a
+    chat template would drop or garble without a word."""
+    messages = [{"role": "user", "content": value}] if isinstance(value, str) else value
+    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+        raise BadRow("neither a string nor a message list", repr(value)[:60])
+    messages = [{k: v for k, v in m.items() if v is not None} for m in messages]
+    if row.get("system") and messages[0].get("role") != "system":
+        messages = [{"role": "system", "content": row["system"]}, *messages]
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    for m in messages:
+        if m.keys() != {"role", "content"} or row.get("tools"):
+            raise BadRow("`tools`, or a message with more or less than role and content", ", ".join(m))
+        known = m["role"] in ("system", "user", "assistant") and isinstance(m["content"], str) and m["content"].strip()
+        if not known:
+            raise BadRow("a message without text, or of another role", repr(m)[:60])
+        for mark in (*special, "\n\nHuman:"):  # it would end the turn, or forge one
+            if mark in m["content"]:
+                raise BadRow("a special token or a turn inside the text", repr(mark))
+    return messages
+
+
+def render(tokenizer: Any, messages: list[dict], add_generation_prompt: bool = False) -> str:
     """The chat template's text; a template that refuses the messages (roles, order) makes the row a bad one."""
-    from jinja2 import TemplateError  # the chat template engine of transformers
-
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except (TemplateError, TypeError, KeyError, ValueError) as error:
-        raise BadRow("refused by the chat template", str(error)) from error
+    except Exception as error:  # jinja2's, or what the template's own code raises
+        raise BadRow("refused by the chat template", first_line(error)) from error
 
 
-def tokenize(tokenizer: Any, text: str) -> list[int]:
-    """Token ids with exactly one BOS where the tokenizer is one that adds it, whether the text has it or not."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+def one_bos(tokenizer: Any, ids: list[int]) -> list[int]:
+    """Token ids with exactly one BOS where the tokenizer is one that adds it, whether the template has it or not."""
     bos = tokenizer.bos_token_id
-    if bos is not None and tokenizer("a")["input_ids"][0] == bos and ids[:1] != [bos]:
-        ids = [bos] + ids
-    while bos is not None and ids[:2] == [bos, bos]:
-        ids = ids[1:]
-    return ids
+    n = next((t for t, token in enumerate(ids) if token != bos), len(ids))
+    wanted = bos is not None and (n > 0 or tokenizer("a")["input_ids"][:1] == [bos])
+    return [bos] * wanted + ids[n:]
 
 
-def encode_prompt(tokenizer: Any, prompt: str | list[dict]) -> list[int]:
+def encode_prompt(tokenizer: Any, messages: list[dict]) -> list[int]:
     """Token ids of a prompt up to the point where the assistant begins to write."""
-    return tokenize(tokenizer, render(tokenizer, to_messages(prompt), True))
+    if messages[-1]["role"] == "assistant":
+        raise BadRow("the prompt ends with an assistant turn")
+    return one_bos(tokenizer, tokenizer(render(tokenizer, messages, True), add_special_tokens=False)["input_ids"])
 
 
-def encode_response(tokenizer: Any, prompt: str | list[dict], response: str, stop_ids: list[int]) -> list[int]:
-    """Token ids of `response` as the continuation of encode_prompt(prompt), up to and with the token that ends it.
+def encode_conversation(
+    tokenizer: Any, messages: list[dict], stop_ids: list[int], last_turn_only: bool = False
+) -> list[tuple[list[int], list[int]]]:
+    """Message list -> [(ids, mask)], mask 1 on assistant turns up to and with the token that ends them, 0 elsewhere.
 
-    The rendered prompt must be a prefix of the rendered conversation: else the model would be trained on text that it
-    is never asked to continue, so BadRow shows both sides of the boundary.
+    The conversation is rendered and tokenised once where the template copies turn after turn. Where it renders a turn
+    in another way once others follow (Qwen3 drops old thoughts), each turn is rendered as it is asked for, and a turn
+    that does not go on from the one before begins an example of its own.
     """
-    messages = to_messages(prompt)
-    before = render(tokenizer, messages, True)
-    whole = render(tokenizer, [*messages, {"role": "assistant", "content": response}], False)
-    if not whole.startswith(before):
-        at = len(os.path.commonprefix([before, whole]))
-        start = before[max(0, at - 20) : at]
-        detail = f"after {start!r} the prompt has {before[at:][:30]!r}, with its response {whole[at:][:30]!r}"
-        raise BadRow("chat template: the prompt is no prefix of prompt + response", detail)
-    prompt_ids, ids = tokenize(tokenizer, before), tokenize(tokenizer, whole)
-    if ids[: len(prompt_ids)] == prompt_ids:
-        ids = ids[len(prompt_ids) :]
-    else:  # a token would straddle the boundary: the model will have to start afresh there, so do we
-        ids = tokenizer(whole[len(before) :], add_special_tokens=False)["input_ids"]
-    end = next((t for t, token in enumerate(ids) if token in stop_ids), None)
-    return ids[: end + 1] if end is not None else [*ids, tokenizer.eos_token_id]
+    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    if not turns or turns[0] == 0:
+        raise BadRow("an assistant turn comes first" if turns else "no assistant turn")
+    stop = re.compile("|".join(re.escape(token) for token in tokenizer.convert_ids_to_tokens(stop_ids)))
+    asked, whole = render(tokenizer, messages[: turns[0]], True), render(tokenizer, messages)
+    opening, place, places = asked.removeprefix(render(tokenizer, messages[: turns[0]])), 0, {}
+    for i in turns:  # where each answer begins, if all stand between what asks for them and what ends them
+        place = whole.find(opening + messages[i]["content"].strip(), place) + len(opening)
+        places[i] = place
+    copied = opening and whole.startswith(asked) and min(places.values()) >= len(asked)
+    copied = copied and all(stop.match(whole, at + len(messages[i]["content"].strip())) for i, at in places.items())
+    texts: list[tuple[str, list[tuple[int, int]]]] = []
+    for i in turns[-1:] if last_turn_only else turns:
+        before, after = whole[: places[i]], whole
+        if not copied:
+            before, after = render(tokenizer, messages[:i], True), render(tokenizer, messages[: i + 1])
+        if not after.startswith(before):
+            at = len(os.path.commonprefix([before, after]))
+            there = f"after {before[:at][-20:]!r} {before[at:][:30]!r}, with its response {after[at:][:30]!r}"
+            raise BadRow("chat template: the prompt is no prefix of prompt + response", there)
+        end = stop.search(after, len(before))
+        after = after[: end.end()] if end else after + tokenizer.eos_token
+        answers = texts.pop()[1] if texts and before.startswith(texts[-1][0]) else []
+        texts.append((after, [*answers, (len(before), len(after))]))
+    encoded = []
+    for text, answers in texts:
+        plain, mask = mark_answers(tokenizer, text, answers)
+        ids = one_bos(tokenizer, plain)
+        encoded.append((ids, [0] * (len(ids) - len(plain)) + mask[max(0, len(plain) - len(ids)) :]))
+    return encoded
 
 
-def encode_conversation(tokenizer: Any, messages: list[dict], stop_ids: list[int]) -> list[tuple[list[int], list[int]]]:
-    """Message list -> [(ids, mask)], mask 1 on every assistant turn with its end token, 0 elsewhere.
+def mark_answers(tokenizer: Any, text: str, answers: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    """(ids, mask): the text's tokens, and 1 on those of its answers, given as spans of characters.
 
-    One example where the template renders earlier turns the same when later ones follow; where it does not (Qwen3 drops
-    old thoughts, Phi-3 closes the text), the turn that breaks the chain begins an example of its own.
+    A token that would straddle an answer's beginning is split: the model has to start afresh there, so do we. It ends
+    above `begin`, or its span leaves out the space with which it begins and the token before ends below.
     """
-    examples: list[tuple[list[int], list[int]]] = []
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        if turn == 0 or not message["content"]:
-            raise BadRow("an assistant turn is empty or comes first")
-        prompt_ids = encode_prompt(tokenizer, messages[:turn])
-        response_ids = encode_response(tokenizer, messages[:turn], message["content"], stop_ids)
-        ids, mask = prompt_ids + response_ids, [0] * len(prompt_ids) + [1] * len(response_ids)
-        if examples and prompt_ids[: len(examples[-1][0])] == examples[-1][0]:
-            earlier = examples.pop()[1]
-            mask[: len(earlier)] = earlier
-        examples.append((ids, mask))
-    if not examples:
-        raise BadRow("no assistant turn")
-    return examples
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, spans = encoded["input_ids"], np.array(encoded["offset_mapping"], dtype=int).reshape(-1, 2)
+    mask = np.zeros(len(ids), dtype=int)
+    for k, (begin, end) in enumerate(answers):
+        t = int(np.searchsorted(spans[:, 0], begin))
+        if t and begin != spans[t - 1, 1]:
+            left = mark_answers(tokenizer, text[:begin], answers[:k])
+            right = mark_answers(tokenizer, text[begin:], [(a - begin, b - begin) for a, b in answers[k:]])
+            return left[0] + right[0], left[1] + right[1]
+        mask[t : np.searchsorted(spans[:, 0], end)] = 1
+    return ids, mask.tolist()
 
 
-def encode_sft(row: dict, tokenizer: Any, stop_ids: list[int], args: Args) -> list[dict]:
-    """One row -> examples {"ids", "mask", "key"}; BadRow says why a row can't be used."""
-    window = args.max_prompt_length + args.max_response_length
-    if row.get("text") is not None and row.get("messages") is None and row.get("completion") is None:
-        if not isinstance(row["text"], str) or not row["text"].strip():
-            raise BadRow("empty text")
-        ids = [*tokenize(tokenizer, row["text"]), tokenizer.eos_token_id]
-        windows = [ids[i : i + window] for i in range(0, len(ids), window)]
-        return [{"ids": w, "mask": [0] + [1] * (len(w) - 1), "key": row["text"]} for w in windows if len(w) > 1]
-    if row.get("messages") is not None:
-        messages = to_messages(row["messages"])
+def encode_sft(row: dict, tokenizer: Any, stop_ids: list[int], window: int, last_turn_only: bool) -> list[dict]:
+    """One row -> examples {"ids", "mask", "key", "length"}; BadRow says why a row can't be used."""
+    given = {name for name, value in row.items() if value is not None}
+    if "messages" in given or {"prompt", "completion"} <= given:
+        messages, completion = row.get("messages"), row.get("completion")
+        if "messages" not in given:
+            completion = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+            messages = [*to_messages(row, row["prompt"], tokenizer), *to_messages({}, completion, tokenizer)]
+        messages = to_messages(row, messages, tokenizer)
+        encoded = encode_conversation(tokenizer, messages, stop_ids, last_turn_only)
+        key = json.dumps([m for m in messages if m["role"] != "system"][0])
+        if max(len(ids) for ids, _ in encoded) > window:
+            raise BadRow(f"over {window} tokens")
     else:
-        completion = row["completion"]
-        answer = to_messages(completion)[0]["content"] if isinstance(completion, list) and completion else completion
-        messages = [*to_messages(row["prompt"]), {"role": "assistant", "content": answer}]
-    if not all(isinstance(m["content"], str) and m["content"].strip() for m in messages):
-        raise BadRow("empty message")
-    examples = encode_conversation(tokenizer, messages, stop_ids)
-    if args.last_turn_only:
-        ids, mask = examples[-1]
-        last_prompt = len(mask) - mask[::-1].index(0) if 0 in mask else 0
-        examples = [(ids, [0] * last_prompt + mask[last_prompt:])]
-    if any(len(ids) > window for ids, _ in examples):
-        raise BadRow(f"over {window} tokens")
-    key = json.dumps([m for m in messages if m["role"] != "system"][:1])
-    return [{"ids": ids, "mask": mask, "key": key} for ids, mask in examples]
+        others, key = {"instruction", "output", "prompt", "completion", "role"} & given, str(row["text"])
+        clear = "name the columns, --columns prompt=...,completion=..., or leave `text` alone in the file"
+        check(not others, f"--dataset: `text` beside {', '.join(sorted(others))}: what is to be trained? {clear}")
+        if not key.strip():
+            raise BadRow("empty text")
+        ids = [*one_bos(tokenizer, tokenizer(key, add_special_tokens=False)["input_ids"]), tokenizer.eos_token_id]
+        parts = [ids[i : i + window] for i in range(0, len(ids), window)]
+        encoded = [(part, [0] + [1] * (len(part) - 1)) for part in parts if len(part) > 1]
+    return [{"ids": ids, "mask": mask, "key": key, "length": len(ids)} for ids, mask in encoded]
 
 
-def batch_indices(step: int, lengths: list[int], batch_size: int, seed: int) -> list[int]:
+def batch_indices(step: int, lengths: Any, batch_size: int, seed: int) -> list[int]:
     """Rows of batch `step`: a new permutation each epoch, a function of (seed, step), so resuming needs no cursor.
 
-    The longest rows come first of all, so that a batch too large for the memory fails at once and not after hours;
-    with --tokens_per_micro_batch a later pass may fill its bound further.
+    The longest rows come first of all, so that a batch too large for the memory fails at once and not after hours.
     """
     n = len(lengths)
     indices: list[int] = []
@@ -399,758 +902,185 @@ def batch_indices(step: int, lengths: list[int], batch_size: int, seed: int) -> 
     return indices
 
 
-# ------------------------------------------------------------------------------------------------------ token rows
-class Rows(NamedTuple):
-    """Token rows ready for a forward pass: R rows of L columns that hold S responses of up to T supervised tokens.
+# ------------------------------------------------------------------------------------------------------- flat rows
+class Row(NamedTuple):
+    """One flat row of N tokens without padding, [prompt A][y1][y2][prompt B][y3]..., with n supervised tokens.
 
-    Token i of a row sees token j <= i of the same group if j is in the prompt (segment 1) or in i's own segment; so one
-    row can hold several responses to one prompt, or several examples, and each is computed as if it were alone.
+    Token i sees token j <= i of the same group if j is in the prompt (segment 0) or in i's own response (1, 2, ...);
+    positions go on from the prompt in each response: so each is computed as if it were alone with its prompt.
     """
 
-    mixed: bool  # some row holds more than prompt + one response
-    input_ids: Tensor  # (R, L)
-    position_ids: Tensor  # (R, L), counted within prompt + own segment
-    group: Tensor  # (R, L), 0 = padding
-    segment: Tensor  # (R, L), 1 = prompt, 2, 3, ... = a response
-    state: Tensor  # (S, T), index into the flattened (R * L) of the hidden state that predicts token t
-    targets: Tensor  # (S, T), the token ids
-    mask: Tensor  # (S, T), 1 = a real token
-    last: Tensor  # (S,), index into the flattened (R * L) of each response's last token
+    ids: Tensor  # (N,)
+    positions: Tensor  # (N,)
+    group: Tensor  # (N,), which prompt
+    segment: Tensor  # (N,)
+    before: Tensor  # (n,), where the state stands that predicts each supervised token
+    targets: Tensor  # (n,), that token
+    at: tuple[Tensor, Tensor]  # which response (n,), and which of its tokens (n,): where tables (B, T) have it
+    last: Tensor  # (k,), the last token of each of the row's k responses
+    numbers: list[int]  # (k,), which responses
 
 
-Part = tuple[list[int], int, int, int]  # a run of tokens in a row: ids, first position, group, segment
-Spot = tuple[int, int, int, int]  # a supervised token: row, column of the state that predicts it, own column, id
+def flat_row(groups: list[list[int]], prompts: list, responses: list, masks: list | None, device: Any) -> Row:
+    """One row of these groups; a group is the numbers of responses to one prompt."""
+    cells: list[tuple] = []  # of each token: id, position, group, segment, column before it, response, place, counts
+    last = []
+    for g, members in enumerate(groups):
+        prompt = prompts[members[0]]
+        cells += [(token, t, g, 0, 0, 0, 0, 0) for t, token in enumerate(prompt)]
+        end, n = len(cells) - 1, len(prompt)  # the state at `end` predicts the first token of every response
+        for s, i in enumerate(members, 1):
+            start, mask = len(cells) - 1, masks[i] if masks else [1] * len(responses[i])
+            tokens = zip(responses[i], mask, strict=True)
+            cells += [(y, n + t, g, s, start + t if t else end, i, t, m) for t, (y, m) in enumerate(tokens)]
+            last.append(len(cells) - 1)
+    table = torch.from_numpy(np.array(cells).T)
+    ids, positions, group, segment = table[:4].to(device)
+    before, targets, response, place = table[[4, 0, 5, 6]][:, table[7] > 0].to(device)
+    numbers = [i for members in groups for i in members]
+    return Row(
+        ids, positions, group, segment, before, targets, (response, place), torch.tensor(last).to(device), numbers
+    )
 
 
-def build_rows(rows: list[list[Part]], spots: list[list[Spot]], pad_id: int, device: Any, n_tokens: int = 0) -> Rows:
-    """Rows of parts, and the supervised tokens of each response -> Rows.
-
-    Masks come from lengths, never from comparing ids with pad_id: in many chat models pad is EOS. T >= `n_tokens`.
-    """
-    n_columns = max(sum(len(part[0]) for part in row) for row in rows)
-    table = np.zeros((4, len(rows), n_columns), dtype=np.int64)  # input_ids, position_ids, group, segment
-    table[0] = pad_id
-    for r, row in enumerate(rows):
-        column = 0
-        for ids, position, group, segment in row:
-            at = slice(column, column + len(ids))
-            table[0, r, at], table[1, r, at] = ids, np.arange(position, position + len(ids))
-            table[2, r, at], table[3, r, at] = group, segment
-            column += len(ids)
-    n_tokens = max(n_tokens, max(len(spot) for spot in spots))
-    where = np.zeros((3, len(spots), n_tokens), dtype=np.int64)  # state, targets, mask
-    for s, spot in enumerate(spots):
-        for t, (r, before, _, target) in enumerate(spot):
-            where[:, s, t] = r * n_columns + before, target, 1
-    last = np.array([spot[-1][0] * n_columns + spot[-1][2] for spot in spots])
-    tensors = [torch.from_numpy(a).to(device) for a in (*table, *where, last)]
-    return Rows(any(len(row) > 2 or len({part[2] for part in row}) > 1 for row in rows), *tensors)
-
-
-def additive_mask(
-    seen: Tensor, positions: tuple[Tensor, Tensor], config: Any, dtype: torch.dtype
-) -> Tensor | dict[str, Tensor]:
-    """What Q tokens see of K, (R, Q, K), and positions of both, (R, Q) and (R, K) -> 0 or the minimum, (R, 1, Q, K).
-
-    By layer type where windows occur; they count positions, not columns. A boolean mask would be wrong under eager
-    attention.
-    """
-    zero, minimum = torch.zeros((), dtype=dtype, device=seen.device), torch.finfo(dtype).min
-    full, window = torch.where(seen, zero, minimum)[:, None], getattr(config, "sliding_window", None)
-    if not window:
-        return full
-    near = positions[0][:, :, None] - positions[1][:, None] < window
-    windowed = torch.where(seen & near, zero, minimum)[:, None]
-    if getattr(config, "layer_types", None) is None:
-        return windowed
-    return {"full_attention": full, "sliding_attention": windowed}
-
-
-def attention_mask(rows: Rows, config: Any, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
-    """(R, L) padding mask, or for mixed rows the additive mask (R, 1, L, L), by layer type where windows occur."""
-    if not rows.mixed:
-        return (rows.group > 0).long()
-    i, j = rows.segment[:, :, None], rows.segment[:, None, :]
-    seen = (rows.group[:, :, None] == rows.group[:, None, :]) & ((i == j) | (j == 1))
-    seen &= torch.ones_like(seen[0]).tril()
-    return additive_mask(seen, (rows.position_ids, rows.position_ids), config, dtype)
-
-
-def fill_rows(lengths: list[int], width: int) -> list[list[int]]:
-    """Pieces of these lengths into rows of up to `width` columns, first fit decreasing -> the numbers of each row's."""
+def flat_rows(
+    groups: list[list[int]], prompts: list, responses: list, model: Any, limit: int, masks: list | None = None
+) -> list[Row]:
+    """Groups, the numbers of responses to one prompt, in rows of up to `limit` tokens, first fit decreasing; a longer
+    group goes alone. masks: which tokens of each response are supervised; None: all."""
+    if model.config.model_type not in FLAT_ROW_MODELS:  # no plain attention: one response per row, no mask
+        groups, limit = [[i] for group in groups for i in group], 0
+    sizes = [len(prompts[group[0]]) + sum(len(responses[i]) for i in group) for group in groups]
     rows: list[list[int]] = []
     free: list[int] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        r = next((r for r, columns in enumerate(free) if columns >= lengths[i]), len(rows))
+    for g in sorted(range(len(groups)), key=lambda g: -sizes[g]):
+        r = next((r for r, room in enumerate(free) if room >= sizes[g]), len(rows))
         if r == len(rows):  # fits nowhere
             rows.append([])
-            free.append(width)
-        rows[r].append(i)
-        free[r] -= lengths[i]
-    return rows
+            free.append(limit)
+        rows[r].append(g)
+        free[r] -= sizes[g]
+    return [flat_row([groups[g] for g in sorted(row)], prompts, responses, masks, model.device) for row in rows]
 
 
-def micro_batches(order: Sequence[int], columns: Callable[[list[int]], int], args: Any) -> list[list[int]]:
-    """`order` cut for one pass each: --micro_batch_size numbers, or fewer, whose rows have --tokens_per_micro_batch."""
-    rest, batches = list(order), []
-    while rest:
-        n = min(len(rest), args.micro_batch_size)
-        if args.tokens_per_micro_batch:
-            within = bisect.bisect_right(range(1, n + 1), args.tokens_per_micro_batch, key=lambda k: columns(rest[:k]))
-            n = max(1, within)
-        batches.append(rest[:n])
-        rest = rest[n:]
-    return batches
+def sees(row: Row, window: int = 0) -> Callable[..., Tensor]:
+    """The rule of who sees whom, as FlexAttention asks for it; a window counts positions, not columns."""
+
+    def rule(batch: Any, head: Any, i: Tensor, j: Tensor) -> Tensor:
+        same_response = (row.segment[j] == 0) | (row.segment[i] == row.segment[j])
+        seen = (j <= i) & (row.group[i] == row.group[j]) & same_response
+        return seen & (row.positions[i] - row.positions[j] < window) if window else seen
+
+    return rule
 
 
-def pack_examples(examples: list[dict], args: Any, pad_id: int, device: Any) -> Iterator[Rows]:
-    """Examples {"ids", "mask"} -> micro-batches of rows; with packing each row is filled up to the longest example."""
-    examples = sorted(examples, key=lambda e: -len(e["ids"]))
-    lengths = [len(e["ids"]) for e in examples]
-    width = min(lengths[0], args.tokens_per_micro_batch or lengths[0])  # little padding, no row longer than needed
-    filled = fill_rows(lengths, width if args.packing else 0)
-    widths = [sum(lengths[i] for i in row) for row in filled]
-    for micro in micro_batches(range(len(filled)), lambda some: len(some) * max(widths[k] for k in some), args):
-        rows: list[list[Part]] = []
-        spots: list[list[Spot]] = []
-        for r, row in enumerate([examples[i] for i in filled[k]] for k in micro):
-            rows.append([(e["ids"], 0, group + 1, 1) for group, e in enumerate(row)])
-            begin = 0
-            for e in row:
-                supervised = [t for t in range(1, len(e["ids"])) if e["mask"][t]]
-                spots.append([(r, begin + t - 1, begin + t, e["ids"][t]) for t in supervised])
-                begin += len(e["ids"])
-        yield build_rows(rows, spots, pad_id, device)
+def attention_mask(row: Row, config: Any, dtype: torch.dtype) -> Any:
+    """The row's mask, by layer type where windows occur: a BlockMask for FlexAttention, else additive, (1, 1, N, N).
 
-
-# ----------------------------------------------------------------------------------------------------------- model
-def find_adapter(source: str, revision: str | None) -> Path | None:
-    """The folder of a PEFT adapter (a run folder or a hub id), None where `source` is a whole model."""
-    if Path(source).is_dir():
-        return Path(source) if (Path(source) / "adapter_config.json").is_file() else None
-    from transformers.utils import cached_file
-
-    try:
-        for name in ("args.json", "reward.json", "adapter_model.safetensors", "adapter_config.json"):
-            found = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
-        return Path(str(found)).parent if found else None
-    except OSError as error:
-        raise UserError(f"{source}: no such folder, and not to be had from the hub ({type(error).__name__})") from error
-
-
-def find_base(adapter: Path) -> str:
-    """The base that an adapter names; a relative path may also be relative to a parent of the adapter's folder."""
-    name = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
-    candidates = [Path(name), *(parent / name for parent in adapter.resolve().parents)]
-    found = next((path for path in candidates if (path / "config.json").is_file()), None)
-    if found is None and Path(name).is_absolute():
-        raise UserError(f"{adapter}/adapter_config.json: base model {name} is not there; move it back or edit it")
-    return str(found.resolve()) if found else name
-
-
-def load_tokenizer(source: str, chat_template: str | None, args: Any) -> Any:
-    """Tokenizer with a chat template (`plain` where the model has none) and, for rows, some pad token."""
-    try:
-        revision = args.revision if source == args.model else None
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source}: no tokenizer there ({str(error).splitlines()[0]})") from error
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{source}: the tokenizer has no EOS token; a response could never end")
-    templates = {"plain": PLAIN_TEMPLATE, "text": TEXT_TEMPLATE}
-    if chat_template is None:
-        tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
-    elif chat_template not in templates and not Path(chat_template).is_file():
-        raise UserError(f"--chat_template {chat_template}: not `plain`, not `text` and no such file")
-    else:
-        tokenizer.chat_template = templates.get(chat_template) or Path(chat_template).read_text(encoding="utf-8")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # harmless: masks come from lengths
-    return tokenizer
-
-
-def find_stop_ids(tokenizer: Any, generation_config: Any) -> list[int]:
-    """Tokens that end a response: the tokenizer's EOS, the model's own list, and the template's end of turn."""
-    ids = {tokenizer.eos_token_id}
-    if generation_config is not None and generation_config.eos_token_id is not None:
-        eos = generation_config.eos_token_id
-        ids |= set(eos) if isinstance(eos, list) else {eos}
-    user = [{"role": "user", "content": "a"}]
-    try:
-        whole = render(tokenizer, [*user, {"role": "assistant", "content": "XYZ"}], False)
-    except BadRow as bad:
-        raise UserError(f"chat template: {bad.args[0]} ({bad.args[1]})") from bad
-    after = tokenizer(whole.rpartition("XYZ")[2].lstrip(), add_special_tokens=False)["input_ids"]
-    token = tokenizer.added_tokens_decoder.get(after[0]) if after else None
-    if token is not None and token.special:
-        ids.add(after[0])
-    return sorted(ids)
-
-
-def base_identity(base: str) -> str:
-    """Hash of the config and of the weight files' names, sizes and some bytes: adapters of one base agree in it."""
-    from transformers.utils import cached_file
-
-    config = Path(str(cached_file(base, "config.json")))
-    ignored = ("transformers_version", "_name_or_path", "dtype", "torch_dtype")
-    settings = {k: v for k, v in json.loads(config.read_text()).items() if k not in ignored}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for file in sorted([*config.parent.glob("*.safetensors"), *config.parent.glob("*.bin")]):
-        with file.open("rb") as stream:
-            digest.update(f"{file.name} {file.stat().st_size}".encode())
-            for sixteenth in range(16):  # the beginning alone is a header: names and shapes
-                stream.seek(file.stat().st_size * sixteenth // 16)
-                digest.update(stream.read(4096))
-    return digest.hexdigest()[:16]
-
-
-def load_base(base: str, args: Any, device: Any, kind: Any = None) -> Any:
-    """The model (of class `kind`; by default a causal language model) in eval mode; nf4: double quantisation."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns on import that an optional package is missing
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")  # about calls between the two
-    transformers.utils.logging.disable_progress_bar()
-    kind, dtype = kind or AutoModelForCausalLM, getattr(torch, args.dtype)
-    options: dict[str, Any] = {"trust_remote_code": args.trust_remote_code}
-    options["revision"] = args.revision if base == args.model else None
-    try:
-        if args.quant == "nf4":
-            options["device_map"] = {"": device}
-            options["quantization_config"] = BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=["lm_head", "score"],
-            )  # fmt: skip
-        model = kind.from_pretrained(base, dtype=dtype, **options).to(device).eval()
-    except (OSError, ValueError) as error:
-        raise UserError(f"model {base}: can't be loaded ({str(error).splitlines()[0]})") from error
-    if device.type == "cpu" and model.num_parameters() < 10**7:
-        torch.set_num_threads(1)  # so small a model gains little from threads, and loses much where cores are shared
-    for module in model.modules():  # on CPUs with AVX512-BF16 bitsandbytes would repack 4-bit weights at the first eval
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # pass, and packed weights pass no gradient to their input
-            module.support_avx512bf16_for_cpu = False
-            if device.type == "cpu" and module.in_features % 64 in (16, 32, 48):
-                raise UserError(f"model {base}: bitsandbytes misreads {module.in_features} inputs on CPU; --quant none")
-    probe = [token % model.config.vocab_size for token in range(8)]
-    with torch.no_grad():
-        logits = model(torch.tensor([probe], device=device)).logits.float()
-        if model.get_output_embeddings() is not None:
-            ours = lm_logits(model, hidden_states(model, build_rows([[(probe, 0, 1, 1)]], [[(0, 0, 1, 0)]], 0, device)))
-            if (ours.float() - logits).norm() > 0.05 * logits.norm():
-                raise UserError(
-                    f"model {base}: {model.config.model_type} scales its logits after lm_head; not supported"
-                )
-    return model
-
-
-def choose_precision(args: Any, adapter: Path | None, device: Any) -> tuple[Any, Any]:
-    """(quant, dtype) with every "auto" resolved: the run folder's record, else NF4 on a GPU and none elsewhere."""
-    recorded = json.loads((adapter / "args.json").read_text()) if adapter and (adapter / "args.json").is_file() else {}
-    quant = args.quant
-    if quant == "auto":
-        quant = recorded.get("quant") or ("nf4" if device.type == "cuda" else "none")
-    old_gpu = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8
-    if old_gpu:
-        print("model: this GPU has no bfloat16 (compute capability below 8.0); computing in float32")
-    dtype = args.dtype
-    if args.lora_r == 0:  # all weights train: not in 4 bits, and small updates would be lost in bfloat16
-        quant, dtype = "none" if args.quant == "auto" else quant, "float32" if dtype == "auto" else dtype
-    if dtype == "auto":
-        half = (quant == "nf4" or device.type == "cuda") and not old_gpu
-        dtype = "bfloat16" if half else "float32"
-    return quant, dtype
-
-
-def no_dropout(model: Any) -> None:
-    """Set every dropout to 0: two passes over the same tokens must agree (in RL their ratio is trained on)."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
-
-
-def load_model(args: Any, device: Any) -> tuple[Any, Any, list[int], Path | None, str]:
-    """(base model, tokenizer, stop ids, adapter folder or None, base path or id) of --model; settles "auto" in args."""
-    adapter = find_adapter(args.model, args.revision)
-    base = find_base(adapter) if adapter else args.model
-    base = str(Path(base).resolve()) if Path(base).is_dir() else base
-    args.quant, args.dtype = choose_precision(args, adapter, device)
-    has_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(str(adapter) if has_tokenizer else base, args.chat_template, args)
-    model = load_base(base, args, device)
-    if device.type == "cuda" if args.gradient_checkpointing is None else args.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    no_dropout(model)
-    return model, tokenizer, find_stop_ids(tokenizer, model.generation_config), adapter, base
-
-
-def add_adapter(model: Any, name: str, folder: Path | None, args: Any) -> Any:
-    """Put a LoRA adapter called `name` on the model, new or read from `folder`; returns the PEFT model.
-
-    A head in the folder is left to load_head: inside PEFT it would be trained, saved and switched with the adapter.
+    None where causal attention will do. A boolean mask would be wrong under eager attention.
     """
-    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+    flex, n, device = config._attn_implementation == "flex_attention", len(row.ids), row.ids.device
+    if not flex and len(row.numbers) == 1:
+        return None
+    i = torch.arange(n, device=device)
 
-    if folder is None:
-        config = LoraConfig(
-            r=args.lora_r or 16, lora_alpha=args.lora_alpha or 2 * (args.lora_r or 16), lora_dropout=0.0,
-            target_modules=args.lora_target_modules or "all-linear", task_type="CAUSAL_LM",
-        )  # fmt: skip
-    else:
-        config = LoraConfig.from_pretrained(str(folder))
-        given = {"lora_r": config.r, "lora_alpha": config.lora_alpha, "lora_target_modules": config.target_modules}
-        for flag, loaded in given.items():
-            asked = getattr(args, flag)
-            if asked and (set(asked) != set(loaded) if flag == "lora_target_modules" else asked != loaded):
-                raise UserError(f"--{flag} {asked} contradicts {folder}, trained with {loaded}; drop the flag")
-        config.task_type, config.modules_to_save, config.inference_mode = "CAUSAL_LM", None, False
-        config.lora_dropout, config.base_model_name_or_path = 0.0, None
-    if hasattr(model, "peft_config"):
-        model.add_adapter(name, config)
-    else:
-        model = get_peft_model(model, config, adapter_name=name)
-    if folder is not None:
-        if not (folder / "adapter_model.safetensors").is_file():
-            raise UserError(f"{folder}: adapter_model.safetensors is missing; is the run unfinished?")
-        try:
-            weights = load_file(folder / "adapter_model.safetensors")
-        except SafetensorError as error:
-            raise UserError(f"{folder}: adapter_model.safetensors is damaged ({error})") from error
-        weights.pop(HEAD_KEY, None)
-        shapes = {k.replace(f".{name}.", "."): v.shape for k, v in model.state_dict().items() if f".{name}." in k}
-        if shapes != {k: v.shape for k, v in weights.items()}:
-            raise UserError(f"{folder}: adapter_model.safetensors does not fit this base model's layers")
-        set_peft_model_state_dict(model, weights, adapter_name=name)
-    return model
+    def mask(window: int) -> Any:
+        if flex:
+            return create_block_mask(sees(row, window), None, None, n, n, device=device)
+        hidden = ~sees(row, window)(0, 0, i[:, None], i)
+        return torch.zeros(n, n, dtype=dtype, device=device).masked_fill(hidden, torch.finfo(dtype).min)[None, None]
+
+    window = getattr(config, "sliding_window", None) or 0
+    if not window or getattr(config, "layer_types", None) is None:
+        return mask(window)
+    return {"full_attention": mask(0), "sliding_attention": mask(window)}
 
 
-@contextlib.contextmanager
-def role(model: Any, name: str, grad: bool = False) -> Iterator[None]:
-    """Give the shared base one role: its adapter, train mode with gradients or eval mode without, requires_grad.
-
-    A role without an adapter of its own ("reference" of a bare base) runs with the adapters off. Forward and backward
-    belong in one such block: switching before backward gives silently wrong gradients.
-    """
-    parameters = dict(model.named_parameters())
-    before, active, training = {n: p.requires_grad for n, p in parameters.items()}, model.active_adapter, model.training
-    try:
-        known = name in model.peft_config
-        with contextlib.nullcontext() if known else model.disable_adapter(), torch.set_grad_enabled(grad):
-            if known:
-                model.set_adapter(name)
-            for n, p in parameters.items():
-                p.requires_grad_(grad and f".{name}." in n)
-            model.train(grad)  # train mode: checkpointing works; eval mode: the KV cache works
-            yield
-    finally:
-        model.set_adapter(active)
-        model.train(training)
-        for n, p in parameters.items():
-            p.requires_grad_(before[n])
-
-
-def adapter_parameters(model: Any, name: str) -> list[nn.Parameter]:
-    """The trainable tensors of one adapter."""
-    return [p for n, p in model.named_parameters() if f".{name}." in n]
-
-
-def hidden_states(model: Any, rows: Rows) -> Tensor:
-    """Last hidden states (R, L, d) of the backbone, without the language-model head."""
-    causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
-    backbone = getattr(causal_lm, causal_lm.base_model_prefix)
-    mask = attention_mask(rows, causal_lm.config, causal_lm.dtype)
-    output = backbone(input_ids=rows.input_ids, attention_mask=mask, position_ids=rows.position_ids, use_cache=False)
-    return output.last_hidden_state
+def hidden_states(model: Any, row: Row) -> Tensor:
+    """Last hidden states (N, d) in the active role."""
+    model = model.get_base_model() if hasattr(model, "peft_config") else model
+    mask, half = attention_mask(row, model.config, model.dtype), row.ids.is_cuda and model.dtype == torch.bfloat16
+    given: dict[str, Any] = {"input_ids": row.ids[None], "position_ids": row.positions[None], "attention_mask": mask}
+    with torch.autocast("cuda", torch.bfloat16, enabled=half):  # else LoRA's fp32 weights cast all activations to fp32
+        return model.base_model(**given, use_cache=False).last_hidden_state[0]
 
 
 def lm_logits(model: Any, hidden: Tensor) -> Tensor:
     """(..., d) -> (..., vocabulary), with Gemma 2's soft cap where the config has one."""
-    causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
-    logits = causal_lm.get_output_embeddings()(hidden)
-    cap = getattr(causal_lm.config, "final_logit_softcapping", None)
-    return logits if cap is None else cap * torch.tanh(logits / cap)
+    logits, cap = model.get_output_embeddings()(hidden), getattr(model.config, "final_logit_softcapping", None)
+    return cap * torch.tanh(logits / cap) if cap else logits
 
 
-def logits_chunk(config: Any) -> int:
-    """How many tokens have logits at a time: enough for a fast product, else 32 MiB of them in fp32."""
-    return max(128, 2**23 // config.vocab_size)
-
-
-def response_logprobs(
-    model: Any, rows: Rows, temperature: float = 1.0, all_gradients: bool = False, detached: bool = False
+def token_logprobs(
+    model: Any, row: Row, temperature: float = 1.0, entropy_grad: bool = False, detached: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies (S, T) of the supervised tokens under the active role; 0 where the mask is 0.
+    """Log-probs and entropies (n,) of the row's supervised tokens in the active role, fp32; `detached`: no gradients.
 
-    The entropies have gradients only with all_gradients; with `detached` nothing has. (S, T) states are picked by
-    index_select, whose backward adds in a fixed order on CPU; plain indexing does not.
+    States are picked by index_select, whose backward adds in a fixed order on CPU; plain indexing does not.
     """
-    real = rows.mask.bool()
-    states = hidden_states(model, rows).flatten(0, 1).index_select(0, rows.state[real])
-    causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
-    if detached:
-        states = states.detach()
-    else:
-        all_gradients |= any(p.requires_grad for p in causal_lm.get_output_embeddings().parameters())
-    chunk_size = logits_chunk(causal_lm.config)
-    values = chunked_logprobs(
-        lambda h: lm_logits(model, h), states, rows.targets[real], temperature, chunk_size, all_gradients
+    states = hidden_states(model, row).index_select(0, row.before)
+    states = states.detach() if detached else states
+    trained_head = any(p.requires_grad for p in model.get_output_embeddings().parameters())
+    chunk_size = max(128, 2**23 // model.config.vocab_size)
+    return chunked_logprobs(
+        lambda h: lm_logits(model, h), states, row.targets, temperature, chunk_size, entropy_grad or trained_head
     )
-    logprobs, entropy = (torch.zeros(real.shape, device=v.device).masked_scatter(real, v) for v in values)
-    return logprobs, entropy
 
 
-# ------------------------------------------------------------------------------------------------------ run folder
-def write_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write under a temporary name, then rename: a killed run leaves the old file or the new one, never half of one."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    with temporary.open("rb") as stream:
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+def conversation_rows(examples: list[dict], model: Any, args: Any) -> list[Row]:
+    """Examples {"ids", "mask"} in flat rows: to a row each is a prompt of one token and a response."""
+    firsts, rests = [e["ids"][:1] for e in examples], [e["ids"][1:] for e in examples]
+    masks, apart = [e["mask"][1:] for e in examples], [[i] for i in range(len(examples))]
+    return flat_rows(apart, firsts, rests, model, args.tokens_per_batch, masks)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON; sets become sorted lists."""
-    text = json.dumps(
-        value, indent=1, ensure_ascii=False, default=lambda v: sorted(v) if isinstance(v, set) else str(v)
-    )
-    write_file(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
+# --------------------------------------------------------------------------------------------- evaluation, samples
+def heldout_loss(model: Any, heldout: Dataset, run: Run) -> float:
+    """Mean negative log-likelihood per supervised token of the held-out examples, in nats; NaN where there are none."""
+    rows = conversation_rows(take(heldout, range(run.rank, len(heldout), run.world)), model, run.args)
+    sums = torch.zeros(2, dtype=torch.float64, device=run.device)
+    with role(model, "policy"):
+        for row in tqdm(rows, desc="held-out loss", leave=False, disable=None):
+            logprobs, _ = token_logprobs(model, row)
+            sums += torch.stack([-logprobs.sum(), torch.ones_like(logprobs).sum()])
+    total, count = run.total(*sums.tolist())
+    cause = "lower the learning rate, or look for NaN in the model's weights"
+    check(math.isfinite(total), f"step {run.step + 1}: the held-out loss is not finite ({total}); {cause}")
+    return total / count if count else math.nan
 
 
-def open_run(args: Any, stage: str, accelerator: Accelerator) -> tuple[Path, dict | None]:
-    """(run folder, newest loadable checkpoint or None); an existing folder is renamed unless --resume is given."""
-    folder = Path(args.output_dir)
-    if args.resume and not (folder / "args.json").is_file():
-        raise UserError(f"--resume: {folder} is no run folder (args.json is missing); check --output_dir")
-    if args.resume:
-        recorded = json.loads((folder / "args.json").read_text())
-        memory = ("micro_batch_size", "tokens_per_micro_batch", "sample_batch_size", "gradient_checkpointing")
-        free = ("resume", "report_to", *memory)
-        changed = {k: v for k, v in asdict(args).items() if k not in free and recorded.get(k) != v}
-        if changed:
-            flags = ", ".join(f"--{k} {v} (was {recorded.get(k)})" for k, v in changed.items())
-            raise UserError(f"--resume: {folder} was started with other settings: {flags}")
-    elif accelerator.is_main_process:
-        if folder.exists():
-            n = next(n for n in range(1, 10**6) if not folder.with_name(f"{folder.name}.{n}").exists())
-            folder.rename(folder.with_name(f"{folder.name}.{n}"))
-            print(f"{stage}: the existing {folder} is now {folder}.{n}")
-        (folder / "checkpoint").mkdir(parents=True)
-        write_json(folder / "args.json", asdict(args))
-    accelerator.wait_for_everyone()
-    state = load_checkpoint(folder) if args.resume else None
-    for name in ("metrics.jsonl", "timing.jsonl"):  # cut back to the checkpoint's step
-        if args.resume and accelerator.is_main_process and (folder / name).is_file():
-            lines = [line for line in (folder / name).read_text().splitlines(keepends=True) if line.endswith("\n")]
-            kept = [line for line in lines if state is not None and json.loads(line)["step"] < state["step"]]
-            write_file(folder / name, partial(Path.write_text, data="".join(kept)))
-    return folder, state
-
-
-def load_checkpoint(folder: Path) -> dict | None:
-    """The newest checkpoint that loads; one that does not is named and the one before it is taken."""
-    for path in sorted((folder / "checkpoint").glob("step_*.pt"), reverse=True):
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever a damaged file raises
-            print(f"resume: {path} can't be loaded ({type(error).__name__}); trying the one before it")
-            continue
-        print(f"resume: from {path}")
-        return state
-    print(f"resume: no checkpoint in {folder / 'checkpoint'}; starting from the beginning")
-    return None
-
-
-def save_checkpoint(folder: Path, state: dict) -> None:
-    """Write checkpoint/step_NNNNNN.pt (loads with weights_only=True) and keep the last two."""
-    path = folder / "checkpoint" / f"step_{state['step']:06d}.pt"
-    write_file(path, lambda temporary: torch.save(state, temporary))
-    for old in sorted(path.parent.glob("step_*.pt"))[:-2]:
-        old.unlink()
-
-
-def log_step(folder: Path, metrics: dict, timing: dict, accelerator: Accelerator) -> None:
-    """One line each in metrics.jsonl (a function of the arguments alone) and timing.jsonl; trackers get both."""
-    if not accelerator.is_main_process:
-        return
-    for name, values in (("metrics", metrics), ("timing", {"step": metrics["step"], **timing})):
-        rounded = {k: v if isinstance(v, int) else float(f"{v:.8g}") for k, v in values.items() if v == v}  # no NaN
-        with (folder / f"{name}.jsonl").open("a") as stream:
-            stream.write(json.dumps(rounded) + "\n")
-    accelerator.log({**metrics, **timing}, step=metrics["step"])
-
-
-def save_adapter(folder: Path, model: Any, name: str, base: str, tokenizer: Any, head: Tensor | None = None) -> None:
-    """The adapter as a standard PEFT folder; with a head (1, d) one that AutoModelForSequenceClassification loads."""
-    from peft import get_peft_model_state_dict
-
-    config = {**model.peft_config[name].to_dict(), "base_model_name_or_path": base, "inference_mode": True}
-    weights = {k: v.contiguous().cpu() for k, v in get_peft_model_state_dict(model, adapter_name=name).items()}
-    if head is not None:
-        config |= {"task_type": "SEQ_CLS", "modules_to_save": ["score"]}
-        weights[HEAD_KEY] = head.detach().float().cpu().contiguous()
-    write_json(folder / "adapter_config.json", config)
-    write_file(folder / "adapter_model.safetensors", lambda temporary: save_file(weights, temporary, {"format": "pt"}))
-    tokenizer.save_pretrained(folder)
-
-
-def warn_failed_gates(folder: Path) -> None:
-    """Say which gates of the earlier stage in `folder` failed; training goes on."""
-    report = json.loads((folder / "report.json").read_text()) if (folder / "report.json").is_file() else {"gates": []}
-    failed = [f"{gate['name']} {gate['value']:.3g}" for gate in report["gates"] if not gate["passed"]]
-    if failed:
-        print(f"warning: {folder} did not pass its own checks ({', '.join(failed)}); see {folder}/report.json")
-
-
-def write_report(folder: Path, stage: str, base: str, gates: list[tuple[str, float, float, bool]]) -> None:
-    """report.json: gates (name, value, threshold, passed), and the versions that ran."""
-    import importlib.metadata as packages
-
-    rows = [
-        dict(zip(("name", "value", "threshold", "passed"), gate, strict=True)) for gate in gates if gate[1] == gate[1]
-    ]
-    versions = {
-        name: packages.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
-    }
-    passed = all(row["passed"] for row in rows)
-    write_json(
-        folder / "report.json", {"stage": stage, "passed": passed, "gates": rows, "versions": versions, "base": base}
-    )
-    for row in rows:
-        word = "passed" if row["passed"] else "FAILED"
-        print(f"{stage}: gate {row['name']} {word}: {row['value']:.4g} (threshold {row['threshold']:.4g})")
-
-
-def plot_curves(folder: Path, keys: list[str]) -> None:
-    """curves.png: each key of metrics.jsonl against the step."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("curves.png: not drawn, matplotlib is not installed")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    keys = [key for key in keys if any(key in row for row in rows)]
-    figure, axes = pyplot.subplots(1, len(keys), figsize=(3.6 * len(keys), 3), squeeze=False)
-    for axis, key in zip(axes[0], keys, strict=True):
-        points = [(row["step"], row[key]) for row in rows if key in row]
-        axis.plot(*zip(*points, strict=True))
-        axis.set(title=key, xlabel="step")
-        axis.grid(alpha=0.3)
-    figure.tight_layout()
-    write_file(folder / "curves.png", lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
-    pyplot.close(figure)
-
-
-# ------------------------------------------------------------------------------------------------------- optimiser
-def make_optimizer(parameters: list[nn.Parameter], weight_decay: float, device: Any) -> torch.optim.Optimizer:
-    """8-bit paged AdamW on a GPU, torch's AdamW elsewhere; the learning rate is set at every step."""
-    if device.type != "cuda":
-        return torch.optim.AdamW(parameters, lr=0.0, weight_decay=weight_decay)
-    import bitsandbytes
-
-    return bitsandbytes.optim.PagedAdamW8bit(parameters, lr=0.0, weight_decay=weight_decay)
-
-
-def update(optimizer: Any, learning_rate: float, max_grad_norm: float, accelerator: Accelerator) -> float:
-    """Sum gradients over processes, clip, step, clear; returns the norm before clipping.
-
-    Losses are divided by the global count before backward, so the sum over micro-batches and processes is the mean.
-    """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if accelerator.num_processes > 1:
-        for p in parameters:
-            p.grad = accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "sum")
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm.item()
-
-
-def global_sums(accelerator: Accelerator, *values: float) -> list[float]:
-    """The values summed over all processes, in float64."""
-    total = accelerator.reduce(torch.tensor(values, dtype=torch.float64, device=accelerator.device), "sum")
-    return total.tolist()
-
-
-# ------------------------------------------------------------------------------------------------------ evaluation
-@torch.no_grad()
-def heldout_loss(model: Any, examples: list[dict], args: Args, pad_id: int, accelerator: Accelerator) -> float:
-    """Mean negative log-likelihood per supervised token, in nats; exp() of it is the perplexity."""
-    model.eval()
-    total = count = 0.0
-    for start in range(accelerator.process_index * 64, len(examples), 64 * accelerator.num_processes):
-        batch = examples[start : start + 64]
-        for rows in pack_examples(batch, args, pad_id, accelerator.device):
-            logprobs, _ = response_logprobs(model, rows)
-            total, count = total - logprobs.sum().item(), count + rows.mask.sum().item()
-    total, count = global_sums(accelerator, total, count)
-    return total / count
-
-
-@torch.no_grad()
-def sample_responses(
-    model: Any, tokenizer: Any, prompts: list[list[int]], stop_ids: list[int], args: Args
-) -> list[list[int]]:
-    """Responses at temperature 1 (transformers' generate), seeded apart from training; the stop token is kept."""
-    model.eval()
-    settings = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
-        max_new_tokens=args.max_response_length, eos_token_id=stop_ids, pad_token_id=tokenizer.pad_token_id,
+def generate(model: Any, tokenizer: Any, prompts: list[list[int]], stop_ids: list[int], args: Any) -> list[list[int]]:
+    """Responses of the policy by transformers' generate at temperature 1, 16 at a time; the stop token is kept."""
+    positions = getattr(model.config, "max_position_embeddings", None) or math.inf
+    longest = min(args.max_response_length, positions - max(map(len, prompts), default=0))
+    settings = GenerationConfig(  # what is not given here comes from the model's own generation_config.json
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=longest,
+        eos_token_id=stop_ids, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    output: list[list[int]] = []
-
-    def columns(numbers: list[int]) -> int:
-        return len(numbers) * (max(len(prompts[i]) for i in numbers) + args.max_response_length)
-
-    with torch.random.fork_rng():
-        torch.manual_seed(args.seed)
-        for numbers in micro_batches(range(len(prompts)), columns, args):
-            some = [prompts[i] for i in numbers]
-            width = max(len(ids) for ids in some)
-            ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + p for p in some], device=model.device)
-            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in some], device=model.device)
-            batch = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
-            output += batch[:, width:].tolist()
-    ends = [next((t + 1 for t, token in enumerate(row) if token in stop_ids), len(row)) for row in output]
-    return [row[:end] for row, end in zip(output, ends, strict=True)]
-
-
-def main(args: Args) -> None:
-    """Supervised fine-tuning on assistant tokens (sft.py)."""
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=args.report_to)
-    device = accelerator.device
+    attention, responses = model.config._attn_implementation, []
+    model.set_attn_implementation("sdpa" if attention == "flex_attention" else attention)  # it compiles for each length
     torch.manual_seed(args.seed)
+    with role(model, "policy"):
+        for i in tqdm(range(0, len(prompts), 16), desc="samples", leave=False, disable=None):
+            batch = tokenizer.pad({"input_ids": prompts[i : i + 16]}, padding_side="left", return_tensors="pt")
+            output = model.generate(**batch.to(model.device), generation_config=settings)
+            responses += output[:, batch["input_ids"].shape[1] :].tolist()
+    model.set_attn_implementation(attention)
+    ends = [next((t + 1 for t, token in enumerate(y) if token in stop_ids), len(y)) for y in responses]
+    return [y[:end] for y, end in zip(responses, ends, strict=True)]
 
-    for name in ("batch_size", "micro_batch_size", "epochs"):
-        if getattr(args, name) <= 0:
-            raise UserError(f"--{name} {getattr(args, name)}: must be above 0")
-    if args.tokens_per_micro_batch < 0:
-        raise UserError(f"--tokens_per_micro_batch {args.tokens_per_micro_batch}: must not be below 0")
 
-    # 1. Model and tokenizer: a base, or the run folder of an earlier adapter to train on
-    if args.lora_r == 0 and find_adapter(args.model, args.revision):
-        raise UserError(f"--lora_r 0 trains all weights of a whole model, but {args.model} is an adapter")
-    model, tokenizer, stop_ids, adapter, base = load_model(args, device)
-    if args.packing and model.config.model_type not in SHARED_ROW_MODELS:
-        print(f"sft: no packing, {model.config.model_type} has no plain attention that could keep examples apart")
-        args.packing = False
-    if args.lora_r == 0 and args.quant == "nf4":
-        raise UserError("--lora_r 0 trains all weights; 4-bit weights can't be trained, add --quant none")
-    if args.lora_r != 0:
-        model = add_adapter(model, "policy", adapter, args)
-    if adapter:
-        warn_failed_gates(adapter)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-
-    # 2. Data: token ids and a mask that is 1 on assistant tokens
-    def encode(row: dict) -> list[dict]:
-        return encode_sft(row, tokenizer, stop_ids, args)
-
-    columns = [("messages",), ("prompt", "completion"), ("text",)]
-    examples = encode_rows(args.dataset, args.dataset_split, columns, encode)
-    if args.eval_dataset or args.dataset == Args.dataset:
-        heldout = encode_rows(args.eval_dataset or str(TINY / "sft_eval.jsonl"), args.dataset_split, columns, encode)
-    else:
-        examples, heldout = hold_out(examples, args.eval_size, args.seed)
-    lengths = [len(e["ids"]) for e in examples]
-    total_steps = math.ceil(args.epochs * len(examples) / args.batch_size)
-    total_steps = min(total_steps, args.max_steps) if args.max_steps else total_steps
-    print(
-        f"sft: {sum(p.numel() for p in parameters):,} of {sum(p.numel() for p in model.parameters()):,} weights train; "
-        f"{len(examples)} examples of {np.mean(lengths):.0f} tokens, {len(heldout)} held out; {total_steps} steps of "
-        f"{args.batch_size}; {args.quant}, {args.dtype}, {device.type} x {accelerator.num_processes}"
-    )
-
-    optimizer = make_optimizer(parameters, args.weight_decay, device)
-    folder, state = open_run(args, "sft", accelerator)
-    accelerator.init_trackers("sft", config={k: str(v) for k, v in asdict(args).items()})
-    first_loss = heldout_loss(model, heldout, args, tokenizer.pad_token_id, accelerator) if heldout else math.nan
-    first_step = 0
-    if state is not None:
-        first_step, first_loss = state["step"], state["first_loss"]
-        for p, saved in zip(parameters, state["parameters"], strict=True):
-            p.data.copy_(saved)
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-
-    # 3. Training
-    for step in range(first_step, total_steps):
-        start = time.time()
-        batch = [examples[i] for i in batch_indices(step, lengths, args.batch_size, args.seed)]
-        (n_tokens,) = global_sums(accelerator, sum(sum(e["mask"]) for e in batch) / accelerator.num_processes)
-        mine = batch[accelerator.process_index :: accelerator.num_processes]
-
-        # 3.1 Gradient of the mean over the batch's assistant tokens, summed up over micro-batches
-        model.train()
-        loss_sum = entropy_sum = 0.0
-        for rows in pack_examples(mine, args, tokenizer.pad_token_id, device):
-            logprobs, entropy = response_logprobs(model, rows)
-            loss = sft_loss(logprobs, rows.mask, n_tokens)
-            loss.backward()
-            loss_sum, entropy_sum = loss_sum + loss.item(), entropy_sum + entropy.sum().item() / n_tokens
-
-        # 3.2 Update, log, save
-        learning_rate = learning_rate_at(step, total_steps, args.learning_rate, args.warmup_ratio)
-        grad_norm = update(optimizer, learning_rate, args.max_grad_norm, accelerator)
-        loss_sum, entropy_sum = global_sums(accelerator, loss_sum, entropy_sum)
-        metrics = {"step": step, "loss": loss_sum, "entropy": entropy_sum, "tokens": int(n_tokens)}
-        metrics |= {"grad_norm": grad_norm, "learning_rate": learning_rate}
-        seconds, last = time.time() - start, step + 1 == total_steps
-        if heldout and (last or (args.eval_every and (step + 1) % args.eval_every == 0)):
-            metrics["heldout_loss"] = heldout_loss(model, heldout, args, tokenizer.pad_token_id, accelerator)
-        peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-        timing = {
-            "seconds": seconds,
-            "tokens_per_second": sum(len(e["ids"]) for e in batch) / seconds,
-            "peak_bytes": peak,
-        }
-        log_step(folder, metrics, timing, accelerator)
-        if accelerator.is_main_process and (step % 10 == 0 or last or "heldout_loss" in metrics):
-            heldout_text = f" | held-out {metrics['heldout_loss']:.3f}" if "heldout_loss" in metrics else ""
-            print(f"step {step + 1:5d}/{total_steps} | loss {loss_sum:.3f} | {seconds:.2f} s{heldout_text}", flush=True)
-        if args.save_every and (step + 1) % args.save_every == 0 and accelerator.is_main_process:
-            values = [p.detach().cpu() for p in parameters]
-            saved = {"step": step + 1, "first_loss": first_loss, "parameters": values, "rng": torch.get_rng_state()}
-            save_checkpoint(folder, {**saved, "optimizer": optimizer.state_dict()})
-
-    # 4. Result: the adapter (or the model), samples on held-out prompts, gates for the next stage
-    final_loss = heldout_loss(model, heldout, args, tokenizer.pad_token_id, accelerator) if heldout else math.nan
-    if not accelerator.is_main_process:
-        return
-    write_json(folder / "args.json", asdict(args))
-    if args.lora_r == 0:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    else:
-        save_adapter(folder, model, "policy", base, tokenizer)
-    gates = []
-    if heldout:
-        print(f"sft: held-out loss {first_loss:.3f} -> {final_loss:.3f} nats, perplexity {math.exp(final_loss):.2f}")
-        prompts = [e["ids"][: e["mask"].index(1)] for e in heldout[:64]]
-        responses = sample_responses(model, tokenizer, prompts, stop_ids, args)
-        ended = [response[-1] in stop_ids for response in responses]
-        lines = []
-        for prompt, response in zip(prompts, responses, strict=True):
-            texts = {
-                "prompt": tokenizer.decode(prompt),
-                "response": tokenizer.decode(response, skip_special_tokens=True),
-            }
-            lines.append(json.dumps(texts, ensure_ascii=False))
-        write_file(
-            folder / "samples.jsonl", lambda temporary: temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+def samples(model: Any, tokenizer: Any, heldout: Dataset, stop_ids: list[int], step: int, args: Args) -> list[dict]:
+    """Responses to eight held-out prompts (what stands before the first supervised token), as eval/ reads them."""
+    prompts = [e["ids"][: e["mask"].index(1)] for e in take(heldout, range(min(8, len(heldout))))]
+    rows = []
+    for i, y in enumerate(generate(model, tokenizer, prompts, stop_ids, args)):
+        texts = {"prompt": tokenizer.decode(prompts[i]), "response": tokenizer.decode(y, skip_special_tokens=True)}
+        end = "stop" if y[-1] in stop_ids else "length"
+        rows.append(
+            {"id": i, **texts, "model": f"sft step {step + 1}", "finish_reason": end, "tokens": len(y), "step": step}
         )
-        for line in lines[:3]:
-            print(f"sft: sample {line}")
-        drop, eos_rate = first_loss - final_loss, float(np.mean(ended))
-        gates = [("heldout_loss_drop", drop, 0.0, drop > 0), ("eos_rate", eos_rate, 0.5, eos_rate >= 0.5)]
-    write_report(folder, "sft", base_identity(base), gates)
-    plot_curves(folder, ["loss", "heldout_loss", "grad_norm"])
-    accelerator.end_training()
-    print(f"sft: wrote {folder}")
+    return rows
 
 
 if __name__ == "__main__":

@@ -296,8 +296,8 @@ def find_folders(files: list[str], problems: Problems) -> list[Folder]:
 
 def stage_of(folder: Folder) -> str:
     """The training stage of a run folder, "" for results of tools."""
-    stage = folder.results.get("report.json", {}).get("stage")
-    return stage if stage in STAGES else ""
+    named = [folder.results.get(name, {}).get("stage") for name in ("result.json", "report.json")]
+    return next((stage for stage in named if stage in STAGES), "")
 
 
 # ------------------------------------------------------------------------------------------------------------ the maths
@@ -419,6 +419,7 @@ def held_out(rows: list[dict]) -> dict[str, Any]:
     """Means of held-out responses with intervals: of each model and of the paired differences; or of scored pairs.
 
     rows: of samples.jsonl. The first model in the file is "before", the second "after"; {} where there is nothing.
+    Rows from during the run, whose model has a space in its name ("rollout 10"), are left out.
     Several rows of an id are averaged first, and so are several pairs of a prompt.
 
     >>> rows = [{"id": i, "model": m, "score": i + (m == "ppo")} for m in ("sft", "ppo") for i in (1, 2, 3)]
@@ -430,7 +431,8 @@ def held_out(rows: list[dict]) -> dict[str, Any]:
         signs = [(row.get("prompt"), np.sign(row["chosen_score"] - row["rejected_score"]) / 2 + 0.5) for row in rows]
         won = means_by_key(signs)
         return {"held-out accuracy": mean_interval(np.array(list(won.values())))} if len(won) > 1 else {}
-    models = list(dict.fromkeys(row["model"] for row in rows if isinstance(row.get("model"), str)))
+    named = [row["model"] for row in rows if isinstance(row.get("model"), str)]
+    models = list(dict.fromkeys(name for name in named if " " not in name))
     result: dict[str, Any] = {}
     for name in ("score", "gold", "tokens") if len(models) == 2 else ():
         before, after = (means_by_key([(row.get("id"), row[name]) for row in rows if row.get("model") == model and

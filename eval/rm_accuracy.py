@@ -783,7 +783,7 @@ def load_scorer(source: str, quant: str, dtype: str, trust_remote_code: bool = F
         head.bias.fill_(-card["mean"] if bias is None else bias.item())
     window = getattr(model.config, "max_position_embeddings", None) or 10**6
     scorer = Scorer(model, head, tokenizer, stop_ids, window, quant, dtype)
-    if check and card["canaries"]:
+    if check and card.get("canaries"):
         texts = [encode_text(scorer, canary["prompt"], canary["response"]) for canary in card["canaries"]]
         check_canaries(score_ids(scorer, texts, 1).tolist(), card, quant, dtype, source)
     return scorer

@@ -5,14 +5,22 @@
 
 import json
 import os
+import shutil
+import signal
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # exact comparisons are made on CPU, also where a GPU is
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if "HF_DATASETS_CACHE" not in os.environ:  # encoded rows are kept between runs; tests must not find those of others
+    os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="datasets-")
+    OWN_CACHE = os.environ["HF_DATASETS_CACHE"]
+else:
+    OWN_CACHE = ""
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"  # real tokenizers, templates and data that do not belong to the repository
 sys.path[:0] = [str(ROOT), str(ROOT / "eval")]
@@ -25,7 +33,21 @@ torch.set_num_threads(1)  # a sum split over threads has another last bit
 CPU = torch.device("cpu")
 STAGES = ("sft", "reward", "ppo", "dpo", "grpo")
 Seen = list[tuple[tuple, Any]]  # (arguments, result) of each recorded call
-CANARIES = ("The fox is red.", "I hope this helps you.", "red red red", "Thank you! The otter eats fish.", "no")
+
+
+def pytest_sessionfinish() -> None:
+    """Leave no cache behind."""
+    if OWN_CACHE:
+        shutil.rmtree(OWN_CACHE, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """Runs handle Ctrl-C and SIGTERM; one that stopped half-way must not handle those of the tests after it."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def shared_folders(name: str) -> list[Path]:
@@ -136,57 +158,45 @@ def base(world: Path) -> Path:
 
 def make_adapter(base: Path, name: str, seed: int, size: float, **settings: Any) -> tuple[Any, Any]:
     """(PEFT model on `base` with a random adapter `name`, tokenizer)."""
-    import ppo
+    import sft
 
-    args = ppo.Args(model=str(base), **{"quant": "none", "dtype": "float32", "lora_r": 4, **settings})
-    model, tokenizer, _, _, _ = ppo.load_model(args, CPU)
-    model = ppo.add_adapter(model, name, None, args)
+    args = sft.Args(model=str(base), **{"quant": "none", "dtype": "float32", "lora_r": 4, **settings})
+    model, tokenizer, _, _ = sft.load_model(args, CPU)
+    model = sft.add_adapter(model, name, None, args)
     perturb(model, name, seed, size)
     return model, tokenizer
+
+
+def write_run(folder: Path, model: Any, name: str, tokenizer: Any, head: Any = None) -> None:
+    """A run folder with the adapter `name` of `model`, as every script leaves it."""
+    import sft
+
+    folder.mkdir()
+    stop_ids = sft.find_stop_ids(tokenizer, model.generation_config)
+    sft.save_model(folder, model, name, tokenizer, stop_ids, head)
+    (folder / "args.json").write_text(json.dumps({"quant": "none", "dtype": "float32"}))
 
 
 @pytest.fixture(scope="session")
 def sft_run(base: Path, world: Path) -> Path:
     """A run folder as sft.py leaves it: an adapter that visibly differs from its base."""
-    import ppo
-
     model, tokenizer = make_adapter(base, "policy", seed=1, size=0.1)
-    folder = world / "sft"
-    folder.mkdir()
-    ppo.save_adapter(folder, model, "policy", str(base), tokenizer)
-    ppo.write_json(folder / "args.json", {"quant": "none", "dtype": "float32"})
-    return folder
+    write_run(world / "sft", model, "policy", tokenizer)
+    return world / "sft"
 
 
 def write_reward_run(folder: Path, base: Path, seed: int, **settings: Any) -> Path:
-    """A run folder as reward.py leaves it; canary scores come from transformers and PEFT alone."""
-    from peft import PeftModel
-    from transformers import AutoModelForSequenceClassification
-
-    import ppo
-
+    """A run folder as reward.py leaves it: a random adapter and head, scores with mean 0.25."""
     model, tokenizer = make_adapter(base, "reward", seed, 0.1, **settings)
-    generator = torch.Generator().manual_seed(seed)
-    folder.mkdir()
-    ppo.save_adapter(folder, model, "reward", str(base), tokenizer, torch.randn(1, 64, generator=generator) / 8)
-    plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, dtype=torch.float32)
-    plain = PeftModel.from_pretrained(plain, str(folder)).eval()
-    canaries, mean = [], 0.25
-    for i, text in enumerate(CANARIES):
-        messages = [{"role": "user", "content": f"Question {i}?"}, {"role": "assistant", "content": text}]
-        ids = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False).rstrip("\n"))["input_ids"]
-        with torch.no_grad():
-            score = plain(torch.tensor([ids])).logits.item() - mean
-        canaries.append({"prompt": f"Question {i}?", "response": text, "score": score})
-    card = {"mean": mean, "sd": 1.0, "n": 5, "quant": "none", "dtype": "float32", "canaries": canaries}
-    ppo.write_json(folder / "reward.json", card)
-    ppo.write_json(folder / "args.json", {"quant": "none", "dtype": "float32"})
+    head = torch.randn(1, 64, generator=torch.Generator().manual_seed(seed)) / 8
+    write_run(folder, model, "reward", tokenizer, head)
+    (folder / "reward.json").write_text(json.dumps({"mean": 0.25, "sd": 1.0, "n": 5}))
     return folder
 
 
 @pytest.fixture(scope="session")
 def reward_run(base: Path, world: Path) -> Path:
-    """A reward model's run folder on `base`: adapter, head, mean 0.25, five canaries."""
+    """A reward model's run folder on `base`: adapter, head, mean 0.25."""
     return write_reward_run(world / "reward", base, seed=2)
 
 
@@ -210,15 +220,15 @@ def run_ppo(
     """
     import ppo
 
-    drawn = ppo.plot_curves
+    drawn = ppo.Run.plot_curves
 
     def start(plot: bool = False, **flags: Any) -> Path:
-        monkeypatch.setattr(ppo, "plot_curves", drawn if plot else lambda *_: None)
+        monkeypatch.setattr(ppo.Run, "plot_curves", drawn if plot else lambda *_: None)
         settings: dict[str, Any] = {
             "model": str(sft_run), "reward_model": str(reward_run), "dataset": str(world / "prompts.jsonl"),
             "output_dir": str(tmp_path / "ppo"), "eval_size": 3, "max_response_length": 10, "samples_per_prompt": 2,
-            "batch_size": 8, "micro_batch_size": 4, "minibatches": 2, "max_steps": 2, "missing_eos_penalty": 0.0,
-            "critic_learning_rate": 1e-3, "warmup_ratio": 0.0,
+            "batch_size": 8, "tokens_per_batch": 128, "minibatches": 2, "max_steps": 2, "missing_eos_penalty": 0.0,
+            "learning_rate": 5e-4, "critic_learning_rate": 1e-3, "warmup_ratio": 0.0,
         }  # fmt: skip
         if flags.get("reward_fn") and "reward_model" not in flags:
             settings["reward_model"] = None
@@ -234,14 +244,14 @@ def run_sft(base: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     """run_sft(**flags) -> run folder: sft.main on the small world, three steps of 8 examples unless told otherwise."""
     import sft
 
-    drawn = sft.plot_curves
+    drawn = sft.Run.plot_curves
 
     def start(plot: bool = False, **flags: Any) -> Path:
-        monkeypatch.setattr(sft, "plot_curves", drawn if plot else lambda *_: None)
+        monkeypatch.setattr(sft.Run, "plot_curves", drawn if plot else lambda *_: None)
         settings: dict[str, Any] = {
             "model": str(base), "dataset": str(world / "sft.jsonl"), "output_dir": str(tmp_path / "sft"), "lora_r": 4,
-            "batch_size": 8, "micro_batch_size": 4, "max_steps": 3, "eval_size": 4, "max_response_length": 24,
-            "warmup_ratio": 0.0,
+            "batch_size": 8, "tokens_per_batch": 128, "max_steps": 3, "eval_size": 4, "max_response_length": 24,
+            "learning_rate": 2e-3, "warmup_ratio": 0.0, "epochs": 3.0,
         }  # fmt: skip
         settings |= flags
         sft.main(sft.Args(**settings))

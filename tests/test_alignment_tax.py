@@ -16,7 +16,7 @@ import alignment_tax as tax
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_adapter, read_jsonl, shared_or_skip, write_jsonl
+from conftest import ROOT, make_adapter, read_jsonl, shared_or_skip, write_jsonl, write_run
 from scipy import stats
 from statsmodels.stats.weightstats import DescrStatsW
 
@@ -27,14 +27,9 @@ TEXTS = ("The fox is red and the otter eats fish.", "What sound does the deer ma
 @pytest.fixture(scope="module")
 def ppo_run(base: Path, world: Path) -> Path:
     """The run folder after: another adapter on the same base."""
-    import ppo
-
     model, tokenizer = make_adapter(base, "policy", seed=9, size=0.1)
-    folder = world / "after"
-    folder.mkdir()
-    ppo.save_adapter(folder, model, "policy", str(base), tokenizer)
-    ppo.write_json(folder / "args.json", {"quant": "none", "dtype": "float32"})
-    return folder
+    write_run(world / "after", model, "policy", tokenizer)
+    return world / "after"
 
 
 def plain_model(folder: Path) -> tuple[Any, Any]:
@@ -250,7 +245,7 @@ def test_template_that_refuses_is_counted(sft_run: Path, tmp_path: Path) -> None
     source = write_jsonl(tmp_path / "rows.jsonl", rows)
     result = tax.main(tax.Args(before=str(sft_run), after=str(after), text=str(source)))["text"]
     assert result["n"] == 2 and result["lost"] == {"refused by the chat template (after)": 1}
-    assert result["nats_per_token"]["difference"]["mean"] == 0
+    assert result["nats_per_token"]["difference"]["mean"] == pytest.approx(0, abs=1e-6)  # batched apart: rounding
 
 
 # --------------------------------------------------------------------------------------------------------------- task

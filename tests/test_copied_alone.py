@@ -38,7 +38,7 @@ def test_ppo_alone(sft_run: Path, world: Path, reward_file: str, tmp_path: Path)
     """ppo.py with a run folder, local prompts and a reward function."""
     flags = [
         "--model", str(sft_run), "--dataset", str(world / "prompts.jsonl"), "--reward_fn", reward_file,
-        "--max_steps", "1", "--batch_size", "8", "--samples_per_prompt", "2", "--micro_batch_size", "4",
+        "--max_steps", "1", "--batch_size", "8", "--samples_per_prompt", "2", "--tokens_per_batch", "64",
         "--minibatches", "2", "--max_response_length", "8", "--eval_size", "3", "--missing_eos_penalty", "0",
         "--output_dir", "out",
     ]  # fmt: skip
@@ -46,7 +46,7 @@ def test_ppo_alone(sft_run: Path, world: Path, reward_file: str, tmp_path: Path)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "empty" / "out"
     assert len(read_jsonl(folder / "metrics.jsonl")) == 1
-    assert json.loads((folder / "report.json").read_text())["stage"] == "ppo"
+    assert json.loads((folder / "result.json").read_text())["stage"] == "ppo"
     assert sorted(p.name for p in (tmp_path / "empty").iterdir() if p.name != "__pycache__") == ["out", "ppo.py"]
 
 
@@ -72,7 +72,7 @@ def test_dpo_alone(sft_run: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "empty" / "runs" / "dpo"
     assert len(read_jsonl(folder / "metrics.jsonl")) == 2 and len(read_jsonl(folder / "samples.jsonl")) == 4
-    assert json.loads((folder / "report.json").read_text())["stage"] == "dpo"
+    assert json.loads((folder / "result.json").read_text())["stage"] == "dpo"
     assert len(list((tmp_path / "empty" / "runs" / "cache").iterdir())) == 2
     assert sorted(p.name for p in (tmp_path / "empty").iterdir() if p.name != "__pycache__") == ["dpo.py", "runs"]
 
@@ -87,8 +87,9 @@ def test_grpo_alone(sft_run: Path, world: Path, reward_file: str, tmp_path: Path
     done = run_alone("grpo", tmp_path / "empty", *flags)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "empty" / "runs" / "grpo"
-    assert len(read_jsonl(folder / "metrics.jsonl")) == 2 and len(read_jsonl(folder / "samples.jsonl")) == 6
-    assert json.loads((folder / "report.json").read_text())["stage"] == "grpo"
+    assert len(read_jsonl(folder / "metrics.jsonl")) == 2
+    assert len([row for row in read_jsonl(folder / "samples.jsonl") if row["model"] in ("sft", "grpo")]) == 6
+    assert json.loads((folder / "result.json").read_text())["stage"] == "grpo"
     assert sorted(p.name for p in (tmp_path / "empty").iterdir() if p.name != "__pycache__") == ["grpo.py", "runs"]
 
 

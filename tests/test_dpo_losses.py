@@ -1,14 +1,13 @@
 """The losses of dpo.py: against TRL, tests/reference_dpo.py and numbers worked by hand; their gradients and masks."""
 
+import contextlib
 import copy
 import math
 import random
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple, get_args
 
-import numpy as np
 import pytest
 import reference_dpo as reference
 import torch
@@ -25,9 +24,9 @@ ALL = pytest.mark.parametrize("loss", dpo.LOSSES)
 
 # ------------------------------------------------------------------------------------------------------- builders
 def make_args(loss: str, **flags: Any) -> dpo.Args:
-    """Args with the loss's own beta and nll_coef filled in, as settle_args leaves them."""
+    """Args with the loss's own beta and nll_coef filled in, as settle_loss leaves them."""
     kind = dpo.LOSSES[loss]
-    settings: dict[str, Any] = {"loss": loss, "beta": kind.beta, "nll_coef": kind.nll_coef, "micro_batch_size": 8}
+    settings: dict[str, Any] = {"loss": loss, "beta": kind.beta, "nll_coef": kind.nll_coef, "tokens_per_batch": 1024}
     return dpo.Args(**{**settings, **flags})
 
 
@@ -59,10 +58,13 @@ def make_examples(loss: str, seed: int, n: int = 4) -> list[dict]:
 
 
 def stand_in() -> Any:
-    """All that collate asks of a model: where it is and its type (one whose rows are padded)."""
-    return SimpleNamespace(
-        get_base_model=lambda: SimpleNamespace(config=SimpleNamespace(model_type="none")), device=CPU
-    )
+    """All that collate asks of a model: where it is and its type."""
+    return SimpleNamespace(config=SimpleNamespace(model_type="llama"), device=CPU)
+
+
+def with_references(examples: list[dict], logprobs: list[Tensor]) -> list[dict]:
+    """The examples with the reference's log-probs of their response tokens, (n,) each."""
+    return [{**e, "ref_logprobs": x} for e, x in zip(examples, logprobs, strict=True)]
 
 
 class Case(NamedTuple):
@@ -70,32 +72,27 @@ class Case(NamedTuple):
 
     logprobs: Tensor  # (S, T)
     batch: dpo.Preferences
-    kl: Tensor  # (S,)
-    values: Tensor  # (S,)
     tokens: list[list[float]]
     ref_tokens: list[list[float]]
 
-    def loss(self, args: Any, baseline: float = 0.0, **changed: Any) -> Tensor:
-        """preference_loss, with some arguments changed."""
-        given = {"logprobs": self.logprobs, "batch": self.batch, "kl": self.kl, "values": self.values, **changed}
-        return dpo.preference_loss(
-            given["logprobs"], given["batch"], given["kl"], given["values"], baseline=baseline, args=args
-        )
+    def loss(self, args: Any, baseline: float = 0.0, logprobs: Tensor | None = None, **changed: Any) -> Tensor:
+        """preference_loss, with other log-probs or some fields of the batch changed."""
+        batch = self.batch._replace(**changed)
+        return dpo.preference_loss(self.logprobs if logprobs is None else logprobs, batch, baseline, args)
 
 
 def case_of(examples: list[dict], tokens: list[list[float]], ref_tokens: list[list[float]]) -> Case:
     """The case of given log-probs, a list of tokens per response; kl and values are drawn at random."""
-    own = iter([torch.tensor(row, dtype=torch.float64) for row in ref_tokens])
-    batch = dpo.collate(examples, [[next(own) for _ in e["group"][1]] for e in examples], stand_in(), PAD)
-    logprobs, ref_logprobs = torch.zeros(2, *batch.rows.mask.shape, dtype=torch.float64)
+    (batch,) = dpo.collate(examples, stand_in(), make_args("sigmoid", tokens_per_batch=10**6))
+    logprobs, ref_logprobs = torch.zeros(2, *batch.mask.shape, dtype=torch.float64)
     for s, (row, ref_row) in enumerate(zip(tokens, ref_tokens, strict=True)):
         logprobs[s, : len(row)] = torch.tensor(row, dtype=torch.float64)
         ref_logprobs[s, : len(ref_row)] = torch.tensor(ref_row, dtype=torch.float64)
     weight, share = (1 / (1 / x.double()).round() for x in (batch.weight, batch.share))  # 1/3 in float32 is not 1/3
-    batch = batch._replace(ref_logprobs=ref_logprobs, weight=weight, share=share, wins=batch.wins.double())
     generator = torch.Generator().manual_seed(len(tokens))
     kl, values = torch.rand(2, len(tokens), generator=generator, dtype=torch.float64)
-    return Case(logprobs, batch, kl, values, tokens, ref_tokens)
+    batch = batch._replace(weight=weight, share=share, wins=batch.wins.double(), kl=kl, values=values)
+    return Case(logprobs, batch._replace(ref_logprobs=ref_logprobs), tokens, ref_tokens)
 
 
 def random_case(examples: list[dict], seed: int) -> Case:
@@ -134,12 +131,6 @@ def model() -> Any:
     return result
 
 
-@pytest.fixture(scope="module")
-def precise(model: Any) -> Any:
-    """The same model in float64: what differs then is a mistake, not rounding."""
-    return copy.deepcopy(model).double()
-
-
 def make_value_head() -> nn.Linear:
     """A random value head, as dro has one."""
     torch.manual_seed(5)
@@ -147,18 +138,49 @@ def make_value_head() -> nn.Linear:
 
 
 def run_pass(model: Any, examples: list[dict], args: Any, baseline: float = 0.3) -> tuple[Tensor, list[Tensor]]:
-    """(preference_sums, gradients of policy, critic and value head) of one preference_pass; all of it is reset."""
+    """(preference_sums, gradients of policy, critic and value head) of a batch, as main computes them; all is reset."""
     head = make_value_head() if args.loss == "dro" else None
     model.zero_grad()
-    sums = dpo.preference_pass(model, head, examples, None, len(examples), baseline, PAD, args, grad=True)
-    parameters = dpo.adapter_parameters(model, "policy")
+    sums = torch.zeros(len(dpo.SUMS))
+    for row in dpo.collate(examples, model, args):
+        row = dpo.ask_frozen_roles(model, head, row, "reference", args)
+        with dpo.role(model, "policy", grad=True):
+            logprobs, row = dpo.policy_logprobs(model, row)
+            loss = dpo.preference_loss(logprobs, row, baseline, args)
+            (loss / len(examples)).backward()
+        logprobs = logprobs.detach()
+        if head is not None:
+            with dpo.role(model, "critic", grad=True):
+                (dpo.critic_loss(model, head, logprobs, row, args) / len(examples)).backward()
+        sums += dpo.preference_sums(loss.detach(), logprobs, row, args)
+    parameters = dpo.adapter_weights(model, "policy")
     if head is not None:
-        parameters = [*parameters, *dpo.adapter_parameters(model, "critic"), *head.parameters()]
+        parameters = [*parameters, *dpo.adapter_weights(model, "critic"), *head.parameters()]
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
     model.zero_grad()
     assert any(g.any() for g in gradients) and all(g.isfinite().all() for g in gradients)
-    layout = dpo.SUMS.index("shared")  # says how, not what
-    return torch.from_numpy(np.delete(sums, layout)), gradients
+    return sums, gradients
+
+
+def measured(model: Any, head: Any, examples: list[dict], args: Any) -> dict[str, float]:
+    """The metrics of `measure_preferences`, which has no gradients, in a single process."""
+    return dpo.measure_preferences(model, head, examples, 0.0, "reference", alone(args))
+
+
+def alone(args: Any) -> Any:
+    """A run of a single process: sums over processes are its own."""
+    return SimpleNamespace(args=args, rank=0, world=1, device=CPU, total=lambda *values: list(values))
+
+
+@contextlib.contextmanager
+def holding(parameters: list[nn.Parameter], values: list[Tensor]) -> Iterator[None]:
+    """The parameters have other values inside the block."""
+    before = [p.detach().clone() for p in parameters]
+    for p, value in zip(parameters, values, strict=True):
+        p.data.copy_(value)
+    yield
+    for p, value in zip(parameters, before, strict=True):
+        p.data.copy_(value)
 
 
 def assert_same_pass(ours: tuple[Tensor, list[Tensor]], theirs: tuple[Tensor, list[Tensor]], tolerance: float) -> None:
@@ -235,19 +257,18 @@ def trl_dpo(tmp_path_factory: pytest.TempPathFactory) -> Peer:
 
 def policy_gradients(model: Any, loss: Tensor) -> list[Tensor]:
     """Gradients of the adapter "default"."""
-    parameters = dpo.adapter_parameters(model, "default")
+    parameters = dpo.adapter_weights(model, "default")
     return [g.clone() for g in torch.autograd.grad(loss, parameters)]
 
 
 def our_loss(peer: Peer, args: Any, baseline: float = 0.0) -> tuple[float, list[Tensor]]:
-    """(loss, gradients) of the peer's examples: collate, the reference's log-probs, the role, preference_loss."""
+    """(loss, gradients) of the peer's examples: the reference's log-probs, collate, the role, preference_loss."""
     model, examples = peer.trainer.model, peer.examples
-    ref_logprobs = dpo.group_logprobs(model, "ref", [e["group"] for e in examples], PAD, args)
-    batch = dpo.collate(examples, ref_logprobs, model, PAD)
-    zeros = torch.zeros_like(batch.share)
+    known = with_references(examples, dpo.example_logprobs(model, "ref", examples, args))
+    (batch,) = dpo.collate(known, model, args)
     with dpo.role(model, "default", grad=True):
-        logprobs, _ = dpo.response_logprobs(model, batch.rows)
-        loss = dpo.preference_loss(logprobs, batch, zeros, zeros, baseline, args) / len(examples)
+        logprobs, batch = dpo.policy_logprobs(model, batch)
+        loss = dpo.preference_loss(logprobs, batch, baseline, args) / len(examples)
         return loss.item(), policy_gradients(model, loss)
 
 
@@ -341,9 +362,8 @@ def test_nll_is_the_mean_over_prompts_of_the_mean_per_token(trl_dpo: Peer, monke
     model, trainer = trl_dpo.trainer.model, trl_dpo.trainer
     for name, value in {"beta": 0.1, "loss_types": ["sft"], "loss_weights": [1.0]}.items():
         monkeypatch.setattr(trainer, name, value)
-    groups = [(e["group"][0], e["group"][1][:1]) for e in trl_dpo.examples]
-    of_prompts = dpo.group_logprobs(model, "default", groups, PAD, make_args("sigmoid"))
-    chosen = [[x.item() for x in y] for (y,) in of_prompts]
+    groups = [{"group": (e["group"][0], e["group"][1][:1])} for e in trl_dpo.examples]
+    chosen = [y.tolist() for y in dpo.example_logprobs(model, "default", groups, make_args("sigmoid"))]
     over_prompts = -sum(sum(y) / len(y) for y in chosen) / len(chosen)
     over_tokens = -sum(map(sum, chosen)) / sum(map(len, chosen))
     ours = our_loss(trl_dpo, make_args("sigmoid", nll_coef=1.0))[0] - our_loss(trl_dpo, make_args("sigmoid"))[0]
@@ -382,12 +402,12 @@ def test_kto_equals_trl(
     for name, value in settings.items():
         monkeypatch.setattr(trl_kto.trainer, name, value)
     args = make_args("kto", **settings)
-    monkeypatch.setattr(dpo, "group_logprobs", renamed(dpo.group_logprobs, {"policy": "default", "reference": "ref"}))
-    own, theirs = (dpo.adapter_parameters(model, name) for name in ("default", "ref"))
+    monkeypatch.setattr(dpo, "example_logprobs", renamed(dpo.example_logprobs, {"policy": "default"}))
+    own, theirs = (dpo.adapter_weights(model, name) for name in ("default", "ref"))
     policy, ref = ([p.detach().clone() for p in side] for side in (own, theirs))
     swapped = (ref, policy) if sign < 0 else (policy, ref)
-    with dpo.holding(own, swapped[0]), dpo.holding(theirs, swapped[1]):
-        kl = estimate_kl(model, trl_kto.examples, args)
+    with holding(own, swapped[0]), holding(theirs, swapped[1]):
+        kl = dpo.mismatched_kl(model, trl_kto.examples, "ref", alone(args))
         ours, trls = our_loss(trl_kto, args, kl), trl_loss(trl_kto)
         assert kl == pytest.approx(trl_kto.trainer._metrics["train"]["kl"][-1], rel=1e-5, abs=1e-5)
         assert_same_as_trl(ours, trls)
@@ -395,18 +415,12 @@ def test_kto_equals_trl(
 
 
 def renamed(function: Callable, names: dict[str, str]) -> Callable:
-    """group_logprobs with the roles called by TRL's names."""
+    """example_logprobs with the roles called by TRL's names."""
 
     def call(model: Any, who: str, *rest: Any) -> Any:
         return function(model, names.get(who, who), *rest)
 
     return call
-
-
-def estimate_kl(model: Any, batch: list[dict], args: Any) -> float:
-    """mismatched_kl of a batch in a single process: an Accelerator's sums over processes are its own."""
-    alone: Any = SimpleNamespace(device=CPU, reduce=lambda values, how: values)
-    return dpo.mismatched_kl(model, dpo.mismatched_groups(batch), PAD, args, alone)
 
 
 def experimental(module: str, name: str, **attributes: Any) -> Any:
@@ -448,52 +462,6 @@ def test_orpo_equals_trl() -> None:
     assert case.loss(make_args("orpo", beta=0.4, nll_coef=0.0)).item() == pytest.approx(-losses.sum().item(), rel=1e-5)
 
 
-def test_online_dpo_equals_trl() -> None:
-    """OnlineDPOTrainer.training_step on given samples and rewards: the same pairs of two samples, the same loss.
-
-    TRL orders samples as [first of each prompt, second of each prompt], rank_samples by prompt.
-    """
-    rng = random.Random(2)
-    lengths, rewards = [[3, 5], [6, 2], [4, 4]], [[0.2, 1.5], [2.0, -1.0], [0.1, 0.0]]
-    rows = [[[-rng.uniform(0.1, 2) for _ in range(n)] for n in pair] for pair in lengths]
-    ref_rows = [[[-rng.uniform(0.1, 2) for _ in range(n)] for n in pair] for pair in lengths]
-    prompts = [{"ids": [2, i + 2], "key": str(i)} for i in range(3) for _ in range(2)]
-    flat = [row for pair in rows for row in pair]
-    ref_logprobs = padded([row for pair in ref_rows for row in pair])
-    rollout: Any = SimpleNamespace(prompts=prompts, responses=[[2] * len(row) for row in flat])
-    args = make_args("sigmoid", samples_per_prompt=2)
-    examples, references = dpo.rank_samples(rollout, torch.tensor(rewards).flatten(), ref_logprobs, args)
-    batch = dpo.collate(examples, references, stand_in(), PAD)
-    kept = [row for pair, r in zip(rows, rewards, strict=True) for row in (pair if r[0] > r[1] else pair[::-1])]
-    zeros = torch.zeros_like(batch.share)
-    ours = dpo.preference_loss(padded(kept), batch, zeros, zeros, 0.0, args) / 3
-
-    def by_sample(x: list) -> Tensor:
-        return padded([pair[k] for k in range(2) for pair in x])
-
-    mask = (by_sample(rows) != 0).long()
-    settings = SimpleNamespace(
-        use_vllm=False, missing_eos_penalty=None, loss_type="sigmoid", torch_empty_cache_steps=None, optim="adamw",
-        n_gpu=1, gradient_accumulation_steps=1, beta=0.1,
-    )  # fmt: skip
-    logprobs = iter([by_sample(rows), by_sample(ref_rows)])
-    trainer = experimental(
-        "online_dpo", "OnlineDPOTrainer", args=settings, eos_token_ids=[EOS], ref_model=object(), reward_funcs=None,
-        stats=defaultdict(list), state=SimpleNamespace(global_step=1, epoch=0), _beta=[0.1],
-        processing_class=SimpleNamespace(batch_decode=lambda ids, **_: [""] * len(ids)),
-        accelerator=SimpleNamespace(gather_for_metrics=lambda x: x, backward=lambda loss: None),
-        _generate=lambda *_: (None, None, mask, mask, None), _forward=lambda *_: next(logprobs),
-        _calculate_rewards_from_functions=lambda **_: torch.tensor(rewards).T.flatten(),
-    )  # fmt: skip
-    trls = trainer.training_step(SimpleNamespace(train=lambda: None), {"prompt": ["a", "b", "c"]})
-    assert ours.item() == pytest.approx(trls.item(), rel=1e-5)
-
-
-def padded(rows: list[list[float]]) -> Tensor:
-    """(S, T), zeros behind."""
-    return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-
-
 # -------------------------------------------------------------------------- what TRL has not: against the reference
 BASELINE, SMOOTHING = 0.4, 0.15
 FLAGS: dict[str, dict] = {
@@ -510,7 +478,7 @@ def reference_loss(loss: str, case: Case, examples: list[dict], beta: float) -> 
         first += len(own)
         total += reference_of_prompt(
             loss, [case.tokens[i] for i in own], [case.ref_tokens[i] for i in own], e["ranks"],
-            [column[own].tolist() for column in (case.batch.wins, case.kl, case.values)], beta,
+            [column[own].tolist() for column in (case.batch.wins, case.batch.kl, case.batch.values)], beta,
         )  # fmt: skip
     return total
 
@@ -689,46 +657,38 @@ def test_sequential_kl_by_hand() -> None:
     assert reference.sequential_kl([quarter], [half]) == pytest.approx(0.1308, abs=1e-4)
 
 
-@pytest.mark.parametrize("chunk_size", [1000, 3])
-@pytest.mark.parametrize("temperature", [1.0, 1.3])
-def test_logprobs_and_kl_equal_full_logits(
-    temperature: float, chunk_size: int, model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Log-probs, KL(pi_ref, pi) per response and the LoRA gradient of a weighted sum, against float64 log-softmaxes."""
-    examples = make_examples("tdpo1", 3)
-    groups = [e["group"] for e in examples]
-    rows = dpo.lay_out(groups, 1, PAD, CPU)
-    parameters = dpo.adapter_parameters(model, "policy")
+def test_logprobs_and_kl_equal_full_logits(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log-probs, KL(pi_ref, pi) and the LoRA gradient of a weighted sum, against float64 log-softmaxes; two chunks."""
+    examples = make_examples("tdpo1", 3, 14)
+    passes = dpo.preference_passes(examples, model, make_args("tdpo1", tokens_per_batch=10**6))
+    ((_, (row,)),) = passes
+    assert len(row.targets) > 128
+    monkeypatch.setattr(model.config, "vocab_size", 2**16)  # chunks of 128
+    parameters = dpo.adapter_weights(model, "policy")
     generator = torch.Generator().manual_seed(0)
-    up, up_kl = torch.randn(rows.mask.shape, generator=generator), torch.randn(len(rows.mask), generator=generator)
-    exact, ref_exact = (torch.zeros(rows.mask.shape, dtype=torch.float64) for _ in range(2))
-    exact_kl = torch.zeros(len(rows.mask), dtype=torch.float64)
-    with dpo.role(model, "policy", grad=True):
-        total, s = torch.zeros((), dtype=torch.float64), 0
-        for prompt, y in ((prompt, y) for prompt, responses in groups for y in responses):
-            tables = {}
-            for who in ("reference", "policy"):  # the policy last: roles are switched before its graph is made
-                with dpo.role(model, who, grad=who == "policy"):
-                    logits = model(torch.tensor([prompt + y])).logits[0, len(prompt) - 1 : -1].double()
-                    tables[who] = (logits / temperature).log_softmax(-1)
-            p, q = tables["policy"], tables["reference"]
-            logprob, kl = p[range(len(y)), y], (q.exp() * (q - p)).sum()
-            total = total + (logprob * up[s, : len(y)]).sum() + kl * up_kl[s]
-            exact[s, : len(y)], ref_exact[s, : len(y)] = logprob.detach(), q[range(len(y)), y].detach()
-            exact_kl[s], s = kl.item(), s + 1
-    with dpo.role(model, "policy", grad=True):
-        expected = torch.autograd.grad(total, parameters)
-    monkeypatch.setattr(dpo, "logits_chunk", lambda config: chunk_size)
+    up, up_kl = torch.randn(2, len(row.targets), generator=generator)
+    pairs = [(e["group"][0], y) for e in examples for y in e["group"][1]]
     with dpo.role(model, "reference"):
-        ref_states = dpo.response_states(model, rows)
+        ref = torch.cat([of_tokens(model, prompt, y) for prompt, y in pairs])
+        ref_states = dpo.hidden_states(model, row).index_select(0, row.before)
     with dpo.role(model, "policy", grad=True):
-        logprobs, ref_logprobs, kl = dpo.logprobs_and_kl(model, rows, ref_states, temperature)
+        own = torch.cat([of_tokens(model, prompt, y) for prompt, y in pairs])
+        exact, exact_kl = own.gather(1, row.targets[:, None])[:, 0], (ref.exp() * (ref - own)).sum(1)
+        expected = torch.autograd.grad((exact * up).sum() + (exact_kl * up_kl).sum(), parameters)
+    with dpo.role(model, "policy", grad=True):
+        logprobs, ref_logprobs, kl = dpo.logprobs_and_kl(model, row, ref_states)
         got = torch.autograd.grad((logprobs * up).sum() + (kl * up_kl).sum(), parameters)
-    assert (logprobs - exact).abs().max() < 1e-5 and not logprobs[rows.mask == 0].any()
+    ref_exact = ref.gather(1, row.targets[:, None])[:, 0]
+    assert (logprobs - exact).abs().max() < 1e-5
     assert (ref_logprobs - ref_exact).abs().max() < 1e-5 and (ref_exact - exact).abs().max() > 1e-2
-    assert torch.allclose(kl.double(), exact_kl, rtol=1e-5, atol=1e-5) and kl.min() > 1e-2
+    assert torch.allclose(kl.double(), exact_kl, rtol=1e-5, atol=1e-5) and kl.max() > 1e-2
     for a, b in zip(got, expected, strict=True):
         assert (a - b).abs().max() <= 1e-5 * max(1.0, b.abs().max().item())
+
+
+def of_tokens(model: Any, prompt: list[int], y: list[int]) -> Tensor:
+    """(T, vocabulary) log-probs in the active role: the model's own forward pass of one response."""
+    return model(torch.tensor([prompt + y])).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
 
 
 # ------------------------------------------------------------------------------- at the start: policy == reference
@@ -764,18 +724,16 @@ def test_loss_at_the_start(loss: str, flags: dict, expected: float, model: Any) 
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
     examples = [make_example([5, 6], [[7, 8, 9], [10, 11, 12, 13, 14]], [1, 2])]
-    reference_weights = [p.detach().clone() for p in dpo.adapter_parameters(model, "reference")]
+    reference_weights = [p.detach().clone() for p in dpo.adapter_weights(model, "reference")]
     args = make_args(loss, **flags)
-    with dpo.holding(dpo.adapter_parameters(model, "policy"), reference_weights):
-        sums = dpo.preference_pass(model, head, examples, None, 1, 0.0, PAD, args, grad=False)
-        assert estimate_kl(model, make_examples("kto", 1), args) == pytest.approx(0, abs=1e-5)
-    assert sums[0] == pytest.approx(expected, rel=1e-5)
-    metrics = dpo.preference_metrics(sums.tolist(), args)
+    with holding(dpo.adapter_weights(model, "policy"), reference_weights):
+        metrics = measured(model, head, examples, args)
+        assert dpo.mismatched_kl(model, make_examples("kto", 1), "reference", alone(args)) == pytest.approx(0, abs=1e-5)
+    assert metrics["loss"] == pytest.approx(expected, rel=1e-5)
     assert [metrics[k] for k in ("chosen_reward", "rejected_reward", "margin", "ref_kl")] == pytest.approx(
         [0] * 4, abs=1e-5
     )
-    moved = dpo.preference_pass(model, head, examples, None, 1, 0.0, PAD, args, grad=False)[0]
-    assert abs(moved - expected) > 1e-3  # and nothing else gives these numbers
+    assert abs(measured(model, head, examples, args)["loss"] - expected) > 1e-3  # and nothing else gives these numbers
 
 
 def test_every_loss_with_a_reference_is_tested_at_the_start() -> None:
@@ -849,33 +807,33 @@ def test_metrics_of_labels() -> None:
 
 # ----------------------------------------------------------------------------------------------------------- masks
 @ALL
-def test_no_gradient_where_the_mask_is_zero(loss: str, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only hidden states that predict a real token of a response get a gradient: no padding, no inside of a prompt."""
-    states: list[tuple[Tensor, dpo.Rows]] = []
+def test_no_gradient_inside_a_prompt(loss: str, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only hidden states that predict a token of a response get a gradient: no inside of a prompt, no last token."""
+    states: list[tuple[Tensor, dpo.Row]] = []
     inner = dpo.hidden_states
 
-    def hidden_states(model: Any, rows: dpo.Rows) -> Tensor:
-        hidden = inner(model, rows)
+    def hidden_states(model: Any, row: dpo.Row) -> Tensor:
+        hidden = inner(model, row)
         if hidden.requires_grad:
             hidden.retain_grad()
-            states.append((hidden, rows))
+            states.append((hidden, row))
         return hidden
 
     monkeypatch.setattr(dpo, "hidden_states", hidden_states)
     run_pass(model, make_examples(loss, 2), make_args(loss))
-    hidden, rows = states[0]  # the policy's; dro's critic comes after it
+    hidden, row = states[0]  # the policy's; dro's critic comes after it
     assert hidden.grad is not None and hidden.grad.isfinite().all()
-    used = torch.zeros(rows.group.numel(), dtype=torch.bool)
-    used[rows.state[rows.mask.bool()]] = True
-    reached = hidden.grad.flatten(0, 1).abs().sum(1) > 0
-    assert not reached[~used].any() and reached.any() and (rows.group == 0).any()
+    used = torch.zeros(len(row.ids), dtype=torch.bool)
+    used[row.before] = True
+    reached = hidden.grad.abs().sum(1) > 0
+    assert not reached[~used].any() and reached.any() and not used.all()
 
 
 @ALL
 def test_padded_log_probs_have_no_gradient(loss: str) -> None:
     """d loss / d log-probs (S, T) is exactly 0 where the mask is 0, and finite everywhere."""
     case = random_case(make_examples(loss, 2), 2)
-    got, mask = gradient(case, make_args(loss, nll_coef=0.3), baseline=0.3), case.batch.rows.mask.bool()
+    got, mask = gradient(case, make_args(loss, nll_coef=0.3), baseline=0.3), case.batch.mask.bool()
     assert (~mask).any() and got.isfinite().all() and got[mask].any()
     assert not got[~mask].any()
 
@@ -883,9 +841,11 @@ def test_padded_log_probs_have_no_gradient(loss: str) -> None:
 def in_fp32(case: Case) -> Case:
     """The case as a run has it."""
     return case._replace(
-        logprobs=case.logprobs.float(), kl=case.kl.float(), values=case.values.float(),
-        batch=case.batch._replace(ref_logprobs=case.batch.ref_logprobs.float()),
-    )  # fmt: skip
+        logprobs=case.logprobs.float(),
+        batch=case.batch._replace(
+            **{name: getattr(case.batch, name).float() for name in ("ref_logprobs", "kl", "values")}
+        ),
+    )
 
 
 def finite_far_away(args: Any) -> bool:
@@ -917,48 +877,40 @@ def test_orpo_of_a_certain_response_is_finite() -> None:
         assert case.loss(make_args("orpo")).isfinite() and gradient(case, make_args("orpo")).isfinite().all()
 
 
-# ------------------------------------------------------------------------------------- layouts and micro-batches
+# ------------------------------------------------------------------------------------------------- rows of a batch
 @ALL
-def test_shared_rows_equal_padded_rows(loss: str, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sums and all gradients, fp32, with prompts of several responses."""
-    passes, mixed = [], []
+def test_rows_change_nothing(loss: str, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap 23: sums and gradients of a batch in one row, one prompt per row, and one response per row; unequal K."""
+    examples, passes, counts = make_examples(loss, 6, 5), [], []
     inner = dpo.collate
 
-    def collate(*given: Any) -> dpo.Preferences:
-        batch = inner(*given)
-        mixed.append(batch.rows.mixed)
-        return batch
+    def collate(*given: Any) -> list[dpo.Preferences]:
+        batches = inner(*given)
+        counts.append([len(batch.rows) for batch in batches])
+        return batches
 
     monkeypatch.setattr(dpo, "collate", collate)
-    for width in (10**6, 1, 0):
-        monkeypatch.setattr(dpo, "row_width", lambda groups, config, width=width: width)
-        passes.append(run_pass(model, make_examples(loss, 4), make_args(loss)))
-    assert mixed == [True, True, False]
-    assert_same_pass(passes[0], passes[2], 1e-5)
-    assert_same_pass(passes[1], passes[2], 1e-5)
-
-
-@ALL
-def test_micro_batches_change_nothing(loss: str, precise: Any) -> None:
-    """Trap 23: one prompt at a time, three, or all at once: the sums and gradients of the batch; unequal lengths, K."""
-    examples = make_examples(loss, 6, 5)
-    passes = [run_pass(precise, examples, make_args(loss, micro_batch_size=size)) for size in (8, 1, 3)]
-    assert_same_pass(passes[1], passes[0], 1e-6)
-    assert_same_pass(passes[2], passes[0], 1e-6)
+    for limit in (10**6, 1):
+        passes.append(run_pass(model, examples, make_args(loss, tokens_per_batch=limit)))
+    monkeypatch.setattr(dpo, "FLAT_ROW_MODELS", ())
+    passes.append(run_pass(model, examples, make_args(loss)))
+    assert counts == [[1], [1] * 5, [len(e["ranks"]) for e in examples]]
+    assert_same_pass(passes[1], passes[0], 2e-5)
+    assert_same_pass(passes[2], passes[0], 2e-5)
 
 
 def test_the_gradient_is_the_mean_over_prompts(model: Any) -> None:
-    """preference_pass leaves the gradient of preference_loss divided by n_prompts; its sums stay undivided."""
-    examples, args = make_examples("sigmoid", 6, 5), make_args("sigmoid", micro_batch_size=2)
-    of_examples = dpo.group_logprobs(model, "reference", [e["group"] for e in examples], PAD, args)
-    batch = dpo.collate(examples, of_examples, model, PAD)
-    zeros = torch.zeros_like(batch.share)
+    """Rows leave the gradient of the whole batch's preference_loss divided by n_prompts; the sums stay undivided."""
+    examples, args = make_examples("sigmoid", 6, 5), make_args("sigmoid", tokens_per_batch=10**6)
+    (batch,) = dpo.collate(
+        with_references(examples, dpo.example_logprobs(model, "reference", examples, args)), model, args
+    )
     with dpo.role(model, "policy", grad=True):
-        logprobs, _ = dpo.response_logprobs(model, batch.rows)
-        loss = dpo.preference_loss(logprobs, batch, zeros, zeros, 0.0, args)
-        expected = [g / 5 for g in torch.autograd.grad(loss, dpo.adapter_parameters(model, "policy"))]
-    sums, gradients = run_pass(model, examples, args)
-    assert_same_pass((sums[:1], gradients), (loss.detach().double().view(1), expected), 1e-5)
+        logprobs, batch = dpo.policy_logprobs(model, batch)
+        loss = dpo.preference_loss(logprobs, batch, 0.0, args)
+        expected = [g / 5 for g in torch.autograd.grad(loss, dpo.adapter_weights(model, "policy"))]
+    sums, gradients = run_pass(model, examples, make_args("sigmoid", tokens_per_batch=40))
+    assert_same_pass((sums[:1], gradients), (loss.detach().view(1), expected), 1e-5)
 
 
 def test_value_head_of_dro_follows_its_gradient(model: Any) -> None:
@@ -983,12 +935,13 @@ def test_value_head_of_dro_follows_its_gradient(model: Any) -> None:
 
 
 def test_given_references_equal_computed_ones(model: Any) -> None:
-    """`references` (from the cache) belong to their examples although the pass sorts these by length."""
-    examples, args = make_examples("sigmoid", 6, 5), make_args("sigmoid", micro_batch_size=2)
-    of_examples = dpo.group_logprobs(model, "reference", [e["group"] for e in examples], PAD, args)
-    given = dpo.preference_pass(model, None, examples, of_examples, 1.0, 0.0, PAD, args, grad=False)
-    computed = dpo.preference_pass(model, None, examples, None, 1.0, 0.0, PAD, args, grad=False)
-    assert given.tolist() == pytest.approx(computed.tolist(), rel=1e-5, abs=1e-5)
+    """Log-probs from the cache belong to their examples although rows are filled in another order."""
+    examples, args = make_examples("sigmoid", 6, 5), make_args("sigmoid", tokens_per_batch=40)
+    known = with_references(examples, dpo.example_logprobs(model, "reference", examples, args))
+    given, computed = (measured(model, None, some, args) for some in (known, examples))
+    assert given == pytest.approx(computed, rel=1e-5, abs=1e-5)
+    wrong = with_references(examples, [torch.zeros_like(e["ref_logprobs"]) for e in known])
+    assert abs(measured(model, None, wrong, args)["loss"] - given["loss"]) > 1e-3
 
 
 # ------------------------------------------------------------------------------------------------------- gradients
@@ -1013,7 +966,7 @@ def test_gradcheck(loss: str, flags: dict) -> None:
             h = dpo.divergence_score(h, args.f_divergence, args.f_alpha)
         d = 1 - dpo.LOSSES[loss].beta * (h[case.batch.better] - h[case.batch.worse])
         assert (d.abs() > 1e-3).all() and (d > 0).any()
-    real = case.batch.rows.mask.bool()
+    real = case.batch.mask.bool()
 
     def of_real_tokens(values: Tensor) -> Tensor:
         return case.loss(args, 0.3, logprobs=torch.zeros(real.shape, dtype=torch.float64).masked_scatter(real, values))
@@ -1087,9 +1040,9 @@ def test_a_list_is_the_mean_of_its_pairs(loss: str) -> None:
     pairs, losses = [(1, 0), (1, 2), (1, 3), (0, 2), (3, 2)], []
     assert sorted(pairs) == dpo.better_pairs(ranks)
     for i, j in pairs:
-        alone = pair_case(case.tokens[i], case.tokens[j], case.ref_tokens[i], case.ref_tokens[j])
-        kl, values = case.kl[[i, j]], case.values[[i, j]]
-        losses.append(alone.loss(args, 0.3, kl=kl, values=values).item())
+        pair = pair_case(case.tokens[i], case.tokens[j], case.ref_tokens[i], case.ref_tokens[j])
+        kl, values = case.batch.kl[[i, j]], case.batch.values[[i, j]]
+        losses.append(pair.loss(args, 0.3, kl=kl, values=values).item())
     assert case.loss(args, 0.3).item() == pytest.approx(sum(losses) / 5, rel=1e-9)
     assert max(losses) - min(losses) > 1e-3
 
@@ -1120,7 +1073,7 @@ def test_win_shares_by_hand() -> None:
 def test_collate_by_hand() -> None:
     """Two prompts, ranks (2, 1, 2) and (1, 2): pairs, weights, shares, wins and numbers of the responses."""
     examples = [make_example([2], [[2], [3], [4]], [2, 1, 2]), make_example([3], [[5], [6]], [1, 2])]
-    batch = dpo.collate(examples, [], stand_in(), PAD)
+    (batch,) = dpo.collate(examples, stand_in(), make_args("sigmoid"))
     assert list(zip(batch.better.tolist(), batch.worse.tolist(), strict=True)) == [(1, 0), (1, 2), (3, 4)]
     assert batch.weight.tolist() == [0.5, 0.5, 1] and batch.share.tolist() == pytest.approx([1 / 3] * 3 + [1 / 2] * 2)
     assert batch.wins.tolist() == [0.25, 1, 0.25, 1, 0] and batch.ranks.tolist() == [2, 1, 2, 1, 2]
@@ -1158,17 +1111,20 @@ def test_mismatched_kl_equals_a_loop(model: Any) -> None:
             ratios.append(sum((tables[0] - tables[1])[t, token].item() for t, token in enumerate(y)))
     exact = sum(ratios) / len(ratios)
     assert len(ratios) == 6 and abs(exact) > 1e-2
-    assert estimate_kl(model, batch, args) == pytest.approx(max(exact, 0), abs=1e-5)
-    policy, ref = (dpo.adapter_parameters(model, who) for who in ("policy", "reference"))
+    assert dpo.mismatched_kl(model, batch, "reference", alone(args)) == pytest.approx(max(exact, 0), abs=1e-5)
+    policy, ref = (dpo.adapter_weights(model, who) for who in ("policy", "reference"))
     weights = [[p.detach().clone() for p in side] for side in (policy, ref)]
-    with dpo.holding(policy, weights[1]), dpo.holding(ref, weights[0]):
-        assert estimate_kl(model, batch, args) == pytest.approx(max(-exact, 0), abs=1e-5)
+    with holding(policy, weights[1]), holding(ref, weights[0]):
+        assert dpo.mismatched_kl(model, batch, "reference", alone(args)) == pytest.approx(max(-exact, 0), abs=1e-5)
 
 
 def test_mismatched_kl_without_another_prompt_is_zero(model: Any) -> None:
     """One prompt only: there is nothing to mismatch, and no error."""
     batch = [{**e, "key": "same"} for e in kl_batch()]
-    assert dpo.mismatched_groups(batch) == [] and estimate_kl(model, batch, make_args("kto")) == 0
+    assert (
+        dpo.mismatched_groups(batch) == []
+        and dpo.mismatched_kl(model, batch, "reference", alone(make_args("kto"))) == 0
+    )
 
 
 def test_mismatched_groups_by_hand() -> None:
@@ -1176,7 +1132,8 @@ def test_mismatched_groups_by_hand() -> None:
     batch = [
         {**make_example([i], [[10 + i], [20 + i]], [1, 2]), "key": key} for i, key in ((2, "a"), (3, "a"), (4, "b"))
     ]
-    assert dpo.mismatched_groups(batch) == [([2], [[14], [24]]), ([3], [[14], [24]]), ([4], [[12], [22]])]
+    groups = [e["group"] for e in dpo.mismatched_groups(batch)]
+    assert groups == [([2], [[14], [24]]), ([3], [[14], [24]]), ([4], [[12], [22]])]
 
 
 # --------------------------------------------------------------------------------- divergences and label smoothing
@@ -1203,6 +1160,13 @@ def test_alpha_divergence_joins_the_two_kls() -> None:
     assert all((dpo.divergence_score(h, name, 0.5).diff() > 0).all() for name in ("forward_kl", "js", "alpha"))
 
 
+def test_far_from_the_reference_a_score_still_has_a_gradient() -> None:
+    """Forward KL goes on as a straight line below -20 nats: d/dh = e^20 there, e^-h above."""
+    h = torch.tensor([-300.0, -21.0, -20.0, -1.0], dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(dpo.divergence_score(h, "forward_kl", 0.5).sum(), h)
+    assert slope.tolist() == pytest.approx([math.exp(20), math.exp(20), math.exp(20), math.e])
+
+
 def test_smoothed_dpo_wants_the_margin_of_the_labels() -> None:
     """cDPO's optimum is sigma(d) = 1 - e: the gradient vanishes at d = log((1 - e) / e) and not before."""
     args = make_args("sigmoid", beta=1.0, label_smoothing=0.2)  # log 4
@@ -1226,61 +1190,6 @@ def test_robust_near_a_half_grows_without_bound() -> None:
     """With l(-d) = l(d) + d the loss is l(d) - d e / (1 - 2e): at d = 1, e = 0.499 that is 0.3133 - 249.5."""
     got = h_case(1, 0).loss(make_args("robust", beta=1.0, label_smoothing=0.499)).item()
     assert got == pytest.approx(0.3133 - 0.499 / 0.002, abs=1e-3)
-
-
-# ---------------------------------------------------------------------------------------------------- online ranks
-def rank(scores: list[list[float]], **flags: Any) -> tuple[list[dict], list[list[Tensor]]]:
-    """rank_samples of three samples per prompt; sample i of prompt p is the tokens [p, i] with log-probs -p, -i."""
-    n = len(scores)
-    rollout: Any = SimpleNamespace(
-        prompts=[{"ids": [p], "key": f"key {p}"} for p in range(n) for _ in range(3)],
-        responses=[[p, i] for p in range(n) for i in range(3)],
-    )
-    ref_logprobs = torch.tensor([[-p, -i, 99.0] for p in range(n) for i in range(3)])
-    args = make_args(flags.pop("loss", "sigmoid"), samples_per_prompt=3, **flags)
-    return dpo.rank_samples(rollout, torch.tensor(scores).flatten(), ref_logprobs, args)
-
-
-SCORES = [[1.0, 3.0, 2.0], [5.0, 5.0, 5.0], [0.0, math.log(3), 0.0]]
-
-
-def test_best_and_worst_sample() -> None:
-    """The best and the worst of each prompt; a prompt whose samples tie gives none; references go with responses."""
-    examples, references = rank(SCORES)
-    assert [e["group"] for e in examples] == [([0], [[0, 1], [0, 0]]), ([2], [[2, 1], [2, 0]])]
-    assert [e["key"] for e in examples] == ["key 0", "key 2"] and not any("wins" in e for e in examples)
-    assert [dpo.better_pairs(e["ranks"]) for e in examples] == [[(0, 1)], [(0, 1)]]
-    assert [[y.tolist() for y in of_prompt] for of_prompt in references] == [[[0, -1], [0, 0]], [[-2, -1], [-2, 0]]]
-
-
-def test_a_sample_without_a_score_is_no_preference() -> None:
-    """None from a reward function, NaN here, is neither best nor worst, and no opponent; one known score is no pair."""
-    scores = [[math.nan, 0.0, math.log(3)], [math.nan, math.nan, 1.0], [2.0, math.nan, 2.0]]
-    examples, _ = rank(scores, loss="sppo")
-    assert [e["group"] for e in examples] == [([0], [[0, 2], [0, 1]])]
-    assert examples[0]["wins"] == pytest.approx([0.75, 0.25])
-
-
-def test_far_from_the_reference_a_score_still_has_a_gradient() -> None:
-    """Forward KL goes on as a straight line below -20 nats: d/dh = e^20 there, e^-h above."""
-    h = torch.tensor([-300.0, -21.0, -20.0, -1.0], dtype=torch.float64, requires_grad=True)
-    (slope,) = torch.autograd.grad(dpo.divergence_score(h, "forward_kl", 0.5).sum(), h)
-    assert slope.tolist() == pytest.approx([math.exp(20), math.exp(20), math.exp(20), math.e])
-
-
-def test_all_pairs_of_samples() -> None:
-    """Every sample in its place; equal scores form no pair."""
-    examples, references = rank(SCORES, pairs="all")
-    assert [e["group"][1] for e in examples] == [[[0, 0], [0, 1], [0, 2]], [[2, 0], [2, 1], [2, 2]]]
-    assert [dpo.better_pairs(e["ranks"]) for e in examples] == [[(1, 0), (1, 2), (2, 0)], [(1, 0), (1, 2)]]
-    assert [len(of_prompt) for of_prompt in references] == [3, 3]
-
-
-@pytest.mark.parametrize("loss", ["sppo", "lipo"])
-def test_win_probabilities_of_samples(loss: str) -> None:
-    """Scores 0, log 3, 0: sigma(-log 3) = 1/4, sigma(0) = 1/2: (1/4 + 1/2) / 2, 3/4, 3/8, over all the others."""
-    assert rank(SCORES, loss=loss, pairs="all")[0][1]["wins"] == pytest.approx([0.375, 0.75, 0.375])
-    assert rank(SCORES, loss=loss)[0][1]["wins"] == pytest.approx([0.75, 0.375])  # also where two are kept
 
 
 # ---------------------------------------------------------------------------------------------------------- tables
@@ -1321,9 +1230,9 @@ def test_divergences_belong_to_divergent_losses(divergence: str, loss: str) -> N
     args = make_args(loss, f_divergence=divergence)
     if loss not in dpo.DIVERGENT:
         with pytest.raises(dpo.UserError, match="--f_divergence has no part in"):
-            dpo.settle_args(args, 1)
+            dpo.settle_loss(args)
         return
-    dpo.settle_args(args, 1)
+    dpo.settle_loss(args)
     case = random_case(make_examples(loss, 11), 11)
     assert abs(case.loss(args).item() - case.loss(make_args(loss)).item()) > 1e-6
 
@@ -1332,10 +1241,10 @@ def test_divergences_belong_to_divergent_losses(divergence: str, loss: str) -> N
 def test_smoothing_is_refused_where_it_has_no_part(loss: str) -> None:
     """--label_smoothing with a loss that would ignore it is a mistake, and so is a half."""
     if loss in dpo.SMOOTHED:
-        dpo.settle_args(make_args(loss, label_smoothing=0.2), 1)
+        dpo.settle_loss(make_args(loss, label_smoothing=0.2))
     message = "below 0.5" if loss in dpo.SMOOTHED else "has no part in"
     with pytest.raises(dpo.UserError, match=message):
-        dpo.settle_args(make_args(loss, label_smoothing=0.5), 1)
+        dpo.settle_loss(make_args(loss, label_smoothing=0.5))
 
 
 @ALL
@@ -1343,5 +1252,5 @@ def test_the_reference_matters_where_the_table_says_so(loss: str) -> None:
     """Other reference log-probs change the losses with `reference`, and no other."""
     case = random_case(make_examples(loss, 11), 11)
     other = case.batch._replace(ref_logprobs=case.batch.ref_logprobs * 0.5)
-    losses = [case.loss(make_args(loss), 0.3, batch=batch).item() for batch in (case.batch, other)]
+    losses = [case._replace(batch=batch).loss(make_args(loss), 0.3).item() for batch in (case.batch, other)]
     assert (abs(losses[0] - losses[1]) > 1e-6) == dpo.LOSSES[loss].reference

@@ -1,7 +1,5 @@
 """grpo.py: its maths by hand, by exact enumeration and against TRL's losses; rewards, rows and refilling in runs."""
 
-import contextlib
-import dataclasses
 import itertools
 import math
 import subprocess
@@ -13,8 +11,9 @@ from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
+import reference_dpo as reference
 import torch
-from conftest import ROOT, perturb, read_jsonl, shared_or_skip, write_jsonl
+from conftest import ROOT, perturb, read_jsonl, record, shared_or_skip, write_jsonl
 from torch import Tensor
 
 import grpo
@@ -38,14 +37,18 @@ def doubles(*rows: Any) -> Tensor:
 # ------------------------------------------------------------------------------------------------------- by hand
 def test_presets_are_whole() -> None:
     """Every method of the flag has its preset, and every field of a preset is a flag that is None until settled."""
-    assert set(get_args(grpo.MethodName)) == set(grpo.METHODS)
-    for name in grpo.Method._fields:
+    assert set(get_args(grpo.MethodName)) == {*grpo.METHODS, *grpo.PAIR_METHODS}
+    for name in (*grpo.Method._fields, "beta", "pairs"):
         assert getattr(grpo.Args(), name) is None
     for method, preset in grpo.METHODS.items():
         args = settled(method=method)
         assert {name: getattr(args, name) for name in grpo.Method._fields} == preset._asdict()
     assert settled(method="dapo", clip_high=0.2).clip_high == 0.2  # a flag overrides, also with a falsy value
     assert settled(method="dapo", max_refills=0).max_refills == 0
+    for method, beta in grpo.PAIR_METHODS.items():
+        args = settled(method=method, max_refills=2)
+        assert (args.beta, args.pairs, args.max_refills) == (beta, "best_worst", 2)
+        assert args.advantage is None and args.kl is None and args.clip_low is None
 
 
 def test_group_advantages_leave_unknown_rewards_out() -> None:
@@ -309,7 +312,7 @@ def test_losses_equal_trl_grpo(flags: dict, settings: dict, seed: int, truncated
     if truncated:
         batch["mask"] = batch["mask"].clone()
         batch["mask"][2] = 0
-    args = settled(**flags, samples_per_prompt=3, batch_size=6)
+    args = settled(**flags, samples_per_prompt=3, batch_size=6, max_response_length=64)
     advantages = grpo.group_advantages(batch["rewards"], 3, scale=args.advantage == "group_norm")
     ours = our_loss(batch, advantages[:, None].expand(6, 5), args)
     theirs = trl_loss("GRPOTrainer", batch, advantages, **settings)
@@ -340,6 +343,105 @@ def test_group_advantages_equal_trl() -> None:
     deviation = utils.nanstd(groups, dim=1).repeat_interleave(3)
     expected = (rewards - torch.nanmean(groups, dim=1).repeat_interleave(3)) / (deviation + 1e-4)
     assert torch.allclose(grpo.group_advantages(rewards, 3, scale=True), expected.nan_to_num(), atol=1e-9)
+
+
+# --------------------------------------------------------------------------------------------------------- pairs
+SCORES = doubles([1.0, 3.0, 2.0, 5.0, 5.0, 5.0, 0.0, math.log(3), 0.0])
+
+
+def test_best_and_worst_of_each_group() -> None:
+    """A group whose rewards tie gives no pair; each other group counts 1."""
+    pairs, weights = grpo.rank_pairs(SCORES, 3, "best_worst")
+    assert pairs.tolist() == [[1, 0], [7, 6]] and weights.tolist() == [1, 1]
+
+
+def test_all_pairs_of_a_group() -> None:
+    """Equal rewards form no pair; the pairs of a group share its weight."""
+    pairs, weights = grpo.rank_pairs(SCORES, 3, "all")
+    assert pairs.tolist() == [[1, 0], [1, 2], [2, 0], [7, 6], [7, 8]]
+    assert weights.tolist() == pytest.approx([1 / 3] * 3 + [1 / 2] * 2)
+
+
+@pytest.mark.parametrize("pairing", ["best_worst", "all"])
+def test_an_unknown_reward_is_in_no_pair(pairing: str) -> None:
+    """None from a reward function, NaN here, is neither best nor worst; one known reward is no pair."""
+    rewards = doubles([NAN, 0.0, 1.0, NAN, NAN, 1.0, 2.0, NAN, 2.0, NAN, NAN, NAN])
+    pairs, weights = grpo.rank_pairs(rewards, 3, pairing)
+    assert pairs.tolist() == [[2, 1]] and weights.tolist() == [1]
+    assert grpo.rank_pairs(torch.full((6,), NAN), 3, pairing)[0].shape == (0, 2)
+
+
+def test_win_probabilities_by_hand() -> None:
+    """Rewards 0, log 3, 0: sigma(-log 3) = 1/4, sigma(0) = 1/2: (1/4 + 1/2) / 2, 3/4, 3/8; NaN is no rival."""
+    assert grpo.win_probabilities(SCORES, 3)[6:].tolist() == pytest.approx([0.375, 0.75, 0.375])
+    with_unknown = grpo.win_probabilities(doubles([NAN, 0.0, math.log(3)]), 3)
+    assert with_unknown.tolist() == pytest.approx([NAN, 0.25, 0.75], nan_ok=True)
+
+
+def pair_batch(seed: int, g: int) -> tuple[dict[str, Tensor], Tensor]:
+    """(random_batch of 6 responses, log-ratios (6,)) in groups of g."""
+    batch = random_batch(seed)
+    return batch, ((batch["logprobs"] - batch["ref"]) * batch["mask"]).sum(1)
+
+
+@pytest.mark.parametrize("method", grpo.PAIR_METHODS)
+@pytest.mark.parametrize("pairing", ["best_worst", "all"])
+@pytest.mark.parametrize("seed", range(3))
+def test_pair_losses_equal_the_reference(method: str, pairing: str, seed: int) -> None:
+    """Mean over prompts of the mean over their pairs, written once more in float64 from the papers."""
+    batch, h = pair_batch(seed, 3)
+    beta, lengths, rewards = 0.3, batch["mask"].sum(1), batch["rewards"]
+    pairs, weights = grpo.rank_pairs(rewards, 3, pairing)
+    losses = grpo.pair_losses(h, lengths, grpo.win_probabilities(rewards, 3), pairs, method, beta)
+    total = 0.0
+    for first in (0, 3):
+        own = range(first, first + 3)
+        combinations = [(i, j) for i in own for j in own if rewards[i] > rewards[j]]
+        if pairing == "best_worst":
+            combinations = [(max(own, key=lambda i: rewards[i]), min(own, key=lambda i: rewards[i]))]
+        for w, l in combinations:  # noqa: E741
+            h_w, h_l = h[w].item(), h[l].item()
+            wins = [sum(reference.sigma((rewards[i] - rewards[j]).item()) for j in own if j != i) / 2 for i in (w, l)]
+            if method == "online_dpo":
+                value = reference.cdpo(h_w, h_l, beta, 0.0)
+            elif method == "online_ipo":
+                value = (h_w / lengths[w].item() - h_l / lengths[l].item() - 1 / (2 * beta)) ** 2
+            else:
+                value = reference.sppo(h_w, wins[0], beta) + reference.sppo(h_l, wins[1], beta)
+            total += value / len(combinations)
+    assert (losses * weights).sum().item() == pytest.approx(total, rel=1e-6)
+
+
+def test_online_dpo_equals_trl() -> None:
+    """OnlineDPOTrainer.training_step on given samples and rewards: the same pairs of two samples, the same loss.
+
+    TRL orders samples as [first of each prompt, second of each prompt], rank_pairs by prompt.
+    """
+    pytest.importorskip("trl", reason="TRL, which the losses are compared with, is not installed")
+    trainer_class = pytest.importorskip("trl.experimental.online_dpo").OnlineDPOTrainer
+    batch, h = pair_batch(4, 2)
+    pairs, weights = grpo.rank_pairs(batch["rewards"], 2, "best_worst")
+    wins = grpo.win_probabilities(batch["rewards"], 2)
+    ours = (grpo.pair_losses(h, batch["mask"].sum(1), wins, pairs, "online_dpo", 0.1) * weights).sum() / 3
+    order = [0, 2, 4, 1, 3, 5]
+    settings = SimpleNamespace(
+        use_vllm=False, missing_eos_penalty=None, loss_type="sigmoid", torch_empty_cache_steps=None, optim="adamw",
+        n_gpu=1, gradient_accumulation_steps=1, beta=0.1,
+    )  # fmt: skip
+    trainer, logprobs = object.__new__(trainer_class), iter([batch["logprobs"][order], batch["ref"][order]])
+    attributes: dict[str, Any] = {
+        "args": settings, "eos_token_ids": [1], "ref_model": object(), "reward_funcs": None, "_beta": [0.1],
+        "stats": defaultdict(list), "state": SimpleNamespace(global_step=1, epoch=0),
+        "processing_class": SimpleNamespace(batch_decode=lambda ids, **_: [""] * len(ids)),
+        "accelerator": SimpleNamespace(gather_for_metrics=lambda x: x, backward=lambda loss: None),
+        "_generate": lambda *_: (None, None, batch["mask"][order], batch["mask"][order], None),
+        "_forward": lambda *_: next(logprobs),
+        "_calculate_rewards_from_functions": lambda **_: batch["rewards"][order],
+    }  # fmt: skip
+    for name, value in attributes.items():
+        setattr(trainer, name, value)
+    trls = trainer.training_step(SimpleNamespace(train=lambda: None), {"prompt": ["a", "b", "c"]})
+    assert ours.item() == pytest.approx(trls.item(), rel=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------- shipped rewards
@@ -396,19 +498,17 @@ def test_greedy_rewards_are_of_each_prompt_once(monkeypatch: pytest.MonkeyPatch)
     """One greedy response per prompt, its penalties included, repeated for the prompt's samples."""
     asked = []
 
-    def roll_out(
-        model: Any, tokenizer: Any, prompts: list, names: list, samples: int, stops: list, args: Any, key: Any
-    ):
-        asked.append((prompts, samples, args.temperature))
+    def roll_out(model: Any, tokenizer: Any, stops: list, prompts: list, names: list, samples: int, *rest: Any) -> Any:
+        asked.append((prompts, samples, rest[-1].temperature))
         return SimpleNamespace(ended=doubles([1.0, 0.0]))
 
     monkeypatch.setattr(grpo, "roll_out", roll_out)
     monkeypatch.setattr(grpo, "reward_table", lambda *given: doubles([3.0], [5.0]))
     args = settled(method="remax", samples_per_prompt=2, batch_size=4, missing_eos_penalty=2.0)
     rollout: Any = SimpleNamespace(prompts=["a", "a", "b", "b"])
-    rewards = [grpo.Reward("r", 1.0, "r", len)]
+    rewards = [grpo.Reward("r", 1.0, len)]
     model: Any = None
-    assert grpo.greedy_rewards(model, None, rollout, rewards, [], args).tolist() == [3.0, 3.0]
+    assert grpo.greedy_rewards(model, None, [], rollout, rewards, args).tolist() == [3.0, 3.0]
     assert asked == [(["a", "b"], 1, grpo.GREEDY)]
 
 
@@ -426,18 +526,6 @@ def test_equal_rewards_are_flat_in_any_unit(value: float) -> None:
     assert all(grpo.flat_groups(torch.full((g,), value), g).item() for g in range(2, 17))
 
 
-def test_clip_fraction_counts_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ratios 0.5, 1.5 and 1.1 with clip range 0.2: two of three."""
-    logprobs = torch.log(torch.tensor([[0.5, 1.5, 1.1]])).requires_grad_()
-    monkeypatch.setattr(grpo, "response_logprobs", lambda *given: (logprobs, torch.zeros(1, 3)))
-    monkeypatch.setattr(grpo, "role", lambda *given, **named: contextlib.nullcontext())
-    rollout: Any = SimpleNamespace(batches=lambda: [([0], None)])
-    args, zeros = settled(method="dr_grpo", samples_per_prompt=2, batch_size=2), torch.zeros(1, 3)
-    model: Any = None
-    _, sums = grpo.group_backward(model, rollout, torch.ones(1, 3), zeros, zeros, torch.ones(1, 3), 3.0, args)
-    assert sums[1] == pytest.approx(2 / 3)
-
-
 def some_signal(folder: Path) -> Path:
     """A file with the reward function `some`: 0 for half of the prompts, whatever the response."""
     file = folder / "signal.py"
@@ -453,13 +541,13 @@ def run_grpo(
     sft_run: Path, world: Path, reward_file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Path]:
     """run_grpo(**flags) -> run folder: grpo.main on the small world, two steps of 4 x 4 responses."""
-    monkeypatch.setattr(grpo, "plot_curves", lambda *_: None)
+    monkeypatch.setattr(grpo.Run, "plot_curves", lambda *_: None)
 
     def start(**flags: Any) -> Path:
         settings: dict[str, Any] = {
             "model": str(sft_run), "dataset": str(world / "prompts.jsonl"), "output_dir": str(tmp_path / "grpo"),
             "reward_fn": reward_file, "eval_size": 3, "max_response_length": 10, "samples_per_prompt": 4,
-            "batch_size": 16, "micro_batch_size": 8, "max_steps": 2, "warmup_ratio": 0.0,
+            "batch_size": 16, "tokens_per_batch": 128, "max_steps": 2, "warmup_ratio": 0.0, "learning_rate": 1e-3,
         }  # fmt: skip
         settings |= {"reward_fn": None} if flags.get("rewards") or flags.get("reward_model") else {}
         grpo.main(grpo.Args(**{**settings, **flags}))
@@ -483,19 +571,19 @@ def test_first_ratio_is_one(kl: str, run_grpo: Callable[..., Path]) -> None:
         assert abs(row["approx_kl"]) < 1e-6 and row["clip_fraction"] == 0
 
 
-def test_micro_batches_are_memory_only(run_grpo: Callable[..., Path], tmp_path: Path) -> None:
+def test_batches_are_memory_only(run_grpo: Callable[..., Path], tmp_path: Path) -> None:
     """Refilling, several rewards, both batch sizes changed: the same samples and, to rounding, the same training."""
     file = some_signal(tmp_path)
     found = []
-    for i, sizes in enumerate([(8, 128), (3, 4)]):
+    for i, sizes in enumerate([(512, 128), (40, 4)]):
         folder = run_grpo(
-            method="dapo", rewards=[f"{file}:some=2"], micro_batch_size=sizes[0], sample_batch_size=sizes[1], mu=2,
+            method="dapo", rewards=[f"{file}:some=2"], tokens_per_batch=sizes[0], sample_batch_size=sizes[1], mu=2,
             output_dir=str(tmp_path / str(i)),
         )  # fmt: skip
         found.append(read_jsonl(folder / "metrics.jsonl"))
     assert any(row["refilled"] for row in found[0])
     for a, b in zip(*found, strict=True):
-        for key in a.keys() - {"tokens_saved"}:
+        for key in a:
             assert a[key] == pytest.approx(b[key], rel=1e-4, abs=1e-5), key
 
 
@@ -526,7 +614,7 @@ def test_reward_model_and_functions_together(
 def test_greedy_sampling_is_argmax(sft_run: Path) -> None:
     """The sampler at the temperature GREEDY takes the most likely token at every step, whatever its noise."""
     args = grpo.Args(model=str(sft_run), dtype="float32", quant="none")
-    model, _, stop_ids, adapter, _ = grpo.load_model(args, torch.device("cpu"))
+    model, _, stop_ids, adapter = grpo.load_model(args, torch.device("cpu"))
     model = grpo.add_adapter(model, "policy", adapter, args)
     perturb(model, "policy", 3, 0.2)
     prompts = [[5, 9, 11], [7, 3, 2, 30, 41]]
@@ -541,7 +629,7 @@ def test_greedy_sampling_is_argmax(sft_run: Path) -> None:
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        ("raise ValueError('row 3')", "raised ValueError: row 3"),
+        ("raise ValueError('row 3')", "ValueError: row 3"),
         ("return [1.0]", "returned 1 values for 16 responses"),
         ("return [float('nan')] * len(responses)", "returned nan for prompt"),
         ("return ['x'] * len(responses)", "returned 'x' for prompt"),
@@ -561,11 +649,15 @@ def test_bad_reward_functions_stop_by_name(body: str, said: str, run_grpo: Calla
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ({"samples_per_prompt": 1}, "at least 2"), ({"batch_size": 30, "samples_per_prompt": 4}, "no multiple"),
-        ({"dataset": "own.jsonl"}, "what is a good response"), ({"mu": 0}, "--mu 0: must be above 0"),
-        ({"reward_fn": "a.py:f", "reward_model": "b"}, "both given"),
-        ({"reward_fn": "a.py:f", "rewards": ["b"]}, "--rewards lists all"), ({"lora_r": 0}, "--lora_r 0"),
+        ({"samples_per_prompt": 1}, "less than 2"), ({"batch_size": 30, "samples_per_prompt": 4}, "no multiple"),
+        ({"dataset": "own.jsonl"}, "what is a good response"), ({"lora_r": 0}, "--lora_r 0"),
+        ({"reward_fn": "a.py:f", "reward_model": "b"}, "name all of them in --rewards"),
+        ({"reward_fn": "a.py:f", "rewards": ["b"]}, "name all of them in --rewards"),
         ({"overlong_buffer": 2.0}, "a share of"), ({"method": "dapo", "sync_ref_every": 1}, "has no reference unless"),
+        ({"method": "reinforce", "max_refills": 3}, "is a signal"),
+        ({"beta": 0.1}, "--beta has no part in --method grpo"),
+        ({"method": "sppo", "kl": "k3"}, "--kl has no part in --method sppo"),
+        ({"method": "online_dpo", "samples_per_prompt": 1}, "less than 2"),
     ],
 )  # fmt: skip
 def test_contradicting_flags(flags: dict[str, Any], said: str) -> None:
@@ -589,39 +681,31 @@ def test_gsm8k_rows_through_the_loader(run_grpo: Callable[..., Path], tmp_path: 
     assert row["numeric/flat"] <= 1.0 and row["refilled"] > 0
 
 
-def test_refilled_groups_replace_only_flat_ones(sft_run: Path, world: Path, tmp_path: Path) -> None:
+def test_refilled_groups_replace_only_flat_ones(
+    run_grpo: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Groups with signal keep prompt and tokens; the others get a prompt that the batch lacks; rows follow."""
-    from accelerate import Accelerator
-
-    file = some_signal(tmp_path)
-    args = settled(
-        model=str(sft_run), dataset=str(world / "prompts.jsonl"), reward_fn=f"{file}:some", samples_per_prompt=4,
-        batch_size=16, max_response_length=10, dtype="float32", quant="none", max_refills=0,
-    )  # fmt: skip
-    model, tokenizer, stop_ids, rewards, _ = grpo.load_group_roles(args, torch.device("cpu"))
-    prompts, _ = grpo.load_prompts(dataclasses.replace(args, eval_size=3), tokenizer)
-    accelerator = Accelerator(cpu=True)
-    once, table, none = grpo.collect(model, tokenizer, prompts, rewards, 0, accelerator, stop_ids, args)
-    args.max_refills = 2
-    again, filled, n = grpo.collect(model, tokenizer, prompts, rewards, 0, accelerator, stop_ids, args)
+    calls, flags = record(monkeypatch, grpo, "collect"), {"reward_fn": f"{some_signal(tmp_path)}:some", "max_steps": 1}
+    for rounds in (0, 2):  # in the second run the preflight compares the sampler's log-probs with those of the new rows
+        run_grpo(max_refills=rounds, **flags)
+    (_, (once, table, none)), (_, (again, filled, n)) = calls
     flat = grpo.flat_groups(table[:, 0], 4).tolist()
     assert none == 0 and n > 0 and any(flat) and not all(flat)
     before = {p["key"] for p in once.prompts}
     for k, was_flat in enumerate(flat):
-        group = range(4 * k, 4 * k + 4)
-        for i in group:
+        for i in range(4 * k, 4 * k + 4):
             assert (again.prompts[i]["key"] in before) != was_flat
             assert was_flat or again.responses[i] == once.responses[i]
-    for numbers, rows in again.batches():  # the rows hold the responses that the lists hold
-        for s, i in enumerate(numbers):
-            assert rows.targets[s][rows.mask[s].bool()].tolist() == again.responses[i]
-    logprobs, _ = grpo.role_logprobs(model, "policy", again, args.temperature)
-    assert torch.allclose(logprobs, again.sampler_logprobs, atol=1e-4)
-    assert again.mask.sum(1).tolist() == [len(y) for y in again.responses] and filled.shape == table.shape
+    found: dict[int, list[int]] = {i: [] for i in range(16)}
+    for row in again.rows():  # the rows hold the responses that the lists hold
+        for i, token in zip(row.at[0].tolist(), row.targets.tolist(), strict=True):
+            found[i].append(token)
+    assert list(found.values()) == again.responses and filled.shape == table.shape
+    assert again.mask.sum(1).tolist() == [len(y) for y in again.responses]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["dapo", "reinforce_pp"])
+@pytest.mark.parametrize("method", ["dapo", "reinforce_pp", "sppo"])
 def test_two_processes_equal_one(method: str, sft_run: Path, world: Path, tmp_path: Path) -> None:
     """Trap 23: token counts, whitening, noise and refilling belong to the whole batch: metrics equal to 1e-5."""
     found = []
@@ -631,10 +715,8 @@ def test_two_processes_equal_one(method: str, sft_run: Path, world: Path, tmp_pa
         line += ["--num_cpu_threads_per_process", "1", str(ROOT / "grpo.py"), "--output_dir", str(tmp_path / str(n))]
         line += ["--model", str(sft_run), "--dataset", str(world / "prompts.jsonl"), "--eval_size", "3"]
         line += ["--reward_fn", f"{some_signal(tmp_path)}:some", "--max_response_length", "10", "--batch_size", "16"]
-        line += ["--samples_per_prompt", "4", "--micro_batch_size", "4", "--max_steps", "1", "--mu", "2"]
+        line += ["--samples_per_prompt", "4", "--tokens_per_batch", "64", "--max_steps", "1", "--mu", "2"]
         done = subprocess.run([*line, "--method", method], capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
         found += read_jsonl(tmp_path / str(n) / "metrics.jsonl")
-    for row in found:
-        row.pop("tokens_saved")
     assert found[0] == pytest.approx(found[1], rel=1e-5, abs=1e-5)

@@ -1,20 +1,19 @@
-"""Whole runs of grpo.py in process: files, layouts, methods, 4 bits, rewards, refused flags, real data, resume."""
+"""Whole runs of grpo.py in process: files, layouts, methods, 4 bits, rewards, mistakes, real data, resume, pairs."""
 
+import itertools
 import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import reference_dpo as reference
 import torch
-from accelerate import Accelerator
 from conftest import (
-    CPU,
     ROOT,
     adapter_weights,
     perturb,
@@ -26,19 +25,28 @@ from conftest import (
     write_jsonl,
 )
 from conftest import write_reward_run as write_reward
-from test_runs import ADAPTER_FILES, RUN_FILES, Killed, assert_same_gradients, check_report, die_at
 from torch import Tensor
 
 import grpo
 
 Run = Callable[..., Path]
-ALL = pytest.mark.parametrize("method", grpo.METHODS)
+ALL = [*grpo.METHODS, *grpo.PAIR_METHODS]
 KEYS = {
     "step", "score", "kl", "response_length", "eos_rate", "flat", "refilled", "policy_loss", "clip_fraction",
-    "approx_kl", "entropy", "grad_norm", "learning_rate", "tokens_saved",
+    "approx_kl", "entropy", "grad_norm", "learning_rate",
 }  # fmt: skip
-WHOLE = ("remax",)  # the default tier's whole step: reference, k1, greedy responses
-GATES = {"kl_step0", "ratio_step0", "sampler_agreement", "eos_rate", "score_low"}
+FILES = {
+    "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    "generation_config.json", "args.json", "metrics.jsonl", "timing.jsonl", "samples.jsonl", "result.json",
+    "checkpoint.pt",
+}  # fmt: skip
+
+
+def some(names: list[str], *fast: str) -> list:
+    """Parameters, those that are not `fast` marked slow."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 FUNCTIONS = '''
 def share(prompts, responses, **columns):
     return [r.count("e") / (1 + len(r)) for r in responses]
@@ -77,18 +85,18 @@ def run(sft_run: Path, world: Path, functions: str, tmp_path: Path, monkeypatch:
 
     Reward functions may be given by the names of FUNCTIONS; curves.png is drawn with plot=True only.
     """
-    drawn = grpo.plot_curves
+    drawn = grpo.Run.plot_curves
 
     def named(source: str) -> str:
         name = source.partition("=")[0]
         return f"{functions}:{source}" if f"def {name}(" in FUNCTIONS else source
 
     def start(plot: bool = False, **flags: Any) -> Path:
-        monkeypatch.setattr(grpo, "plot_curves", drawn if plot else lambda *_: None)
+        monkeypatch.setattr(grpo.Run, "plot_curves", drawn if plot else lambda *_: None)
         settings: dict[str, Any] = {
             "model": str(sft_run), "dataset": str(world / "prompts.jsonl"), "output_dir": str(tmp_path / "grpo"),
             "reward_fn": "share", "eval_size": 3, "max_response_length": 10, "samples_per_prompt": 4,
-            "batch_size": 16, "micro_batch_size": 8, "max_steps": 2, "warmup_ratio": 0.0, "learning_rate": 0.01,
+            "batch_size": 16, "tokens_per_batch": 128, "max_steps": 2, "warmup_ratio": 0.0, "learning_rate": 0.01,
         }  # fmt: skip
         settings |= {"reward_fn": None} if flags.get("rewards") or flags.get("reward_model") else {}
         settings |= flags
@@ -104,12 +112,12 @@ def run(sft_run: Path, world: Path, functions: str, tmp_path: Path, monkeypatch:
 
 # ------------------------------------------------------------------------------------------------------ the folder
 def test_a_run_writes_what_it_says(run: Run, reward_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every file of the run folder, the metrics' keys, held-out responses of both models, the table, the gates."""
+    """Every file of the run folder, the metrics' keys, samples of rollouts and of both models, the table."""
     from transformers import AutoTokenizer
 
     rewards = ["share=2", f"{reward_run}=0.5"]
     folder = run(plot=True, eval_every=1, save_every=1, gold_fn="rare", rewards=rewards)
-    assert {p.name for p in folder.iterdir()} >= ADAPTER_FILES | RUN_FILES
+    assert {p.name for p in folder.iterdir()} >= FILES
     assert not list(folder.rglob("*.tmp")) and (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
     rows = strict_rows(folder)
     assert [row["step"] for row in rows] == [0, 1]
@@ -120,26 +128,21 @@ def test_a_run_writes_what_it_says(run: Run, reward_run: Path, capsys: pytest.Ca
     timing = strict_rows(folder, "timing.jsonl")
     assert all({"step", "seconds", "rollout_seconds", "tokens_per_second", "peak_bytes"} <= t.keys() for t in timing)
     samples, special = strict_rows(folder, "samples.jsonl"), AutoTokenizer.from_pretrained(folder).all_special_tokens
-    keys = {"id", "prompt", "response", "model", "finish_reason", "tokens", "score", "gold"}
-    assert [row["model"] for row in samples] == ["sft"] * 3 + ["grpo"] * 3 and all(r.keys() == keys for r in samples)
-    assert [row["prompt"] for row in samples[:3]] == [row["prompt"] for row in samples[3:]]
+    keys = {"id", "prompt", "response", "model", "finish_reason", "tokens", "score", "step"}
+    assert [row["model"] for row in samples] == ["rollout 0"] * 4 + ["sft"] * 3 + ["grpo"] * 3
+    assert all(r.keys() == keys | {"kl"} for r in samples[:4]) and all(r.keys() == keys | {"gold"} for r in samples[4:])
+    assert [row["prompt"] for row in samples[4:7]] == [row["prompt"] for row in samples[7:]]
     assert {row["finish_reason"] for row in samples} <= {"stop", "length"}
     assert all(row["finish_reason"] == "stop" or row["tokens"] == 10 for row in samples)
     assert not any(token in row["response"] for row in samples for token in special)
-    assert np.mean([r["score"] for r in samples[3:]]) == pytest.approx(rows[1]["heldout_score"], abs=1e-4)
-    check_report(folder, "grpo", GATES | {"gold_low"})
+    assert np.mean([r["score"] for r in samples[7:]]) == pytest.approx(rows[1]["heldout_score"], abs=1e-4)
+    result = json.loads((folder / "result.json").read_text())
+    assert result["stage"] == "grpo" and result["grpo"]["score"][0] == pytest.approx(rows[1]["heldout_score"])
+    assert {"reward share", "reward reward", "kl", "length", "entropy", "gold", "ended"} <= result["sft"].keys()
     assert json.loads((folder / "args.json").read_text())["clip_high"] == 0.2  # what the method has set
-    assert sorted(p.name for p in (folder / "checkpoint").iterdir()) == ["step_000001.pt", "step_000002.pt"]
     printed = capsys.readouterr().out
-    labels = (
-        "reward share",
-        "reward reward",
-        "score (proxy)",
-        "gold win-rate over SFT",
-        "KL to reference",
-        "2 x share",
-    )
-    assert all(label in printed for label in labels) and printed.count("\nbefore ") == printed.count("\nafter ") == 3
+    assert all(label in printed for label in ("reward share", "reward reward", "gold win-rate over SFT", "ratio token"))
+    assert printed.count("\nbefore ") == printed.count("\nafter ") == 3
 
 
 @pytest.mark.parametrize("flags", [{"eval_size": 1}, {"reward_fn": "silent"}], ids=["one prompt", "nothing known"])
@@ -153,31 +156,27 @@ def test_files_are_strict_json(flags: dict[str, Any], run: Run) -> None:
     for file in folder.rglob("*.json*"):
         for text in file.read_text().splitlines() if file.suffix == ".jsonl" else [file.read_text()]:
             json.loads(text, parse_constant=refuse)
-    assert "score_low" not in (folder / "report.json").read_text()
-    assert all(("score" in row) == ("eval_size" in flags) for row in read_jsonl(folder / "samples.jsonl"))
+    rows = [row for row in read_jsonl(folder / "samples.jsonl") if row["model"] in ("sft", "grpo")]
+    assert rows and all(("score" in row) == ("eval_size" in flags) for row in rows)
 
 
-@pytest.mark.parametrize(
-    "method", ["dapo", pytest.param("grpo", marks=pytest.mark.slow), pytest.param("remax", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("method", some(["dapo", "online_dpo", "grpo", "remax"], "dapo", "online_dpo"))
 def test_a_run_is_a_function_of_its_seed(method: str, run: Run, tmp_path: Path) -> None:
     """Twice the same arguments: the same bytes; another seed: others."""
     first, second, other = (
         run(output_dir=str(tmp_path / n), seed=s, method=method, reward_fn="rare", mu=2)
         for n, s in (("a", 3), ("b", 3), ("c", 4))
     )
-    for name in ("metrics.jsonl", "samples.jsonl", "report.json", "adapter_model.safetensors"):
+    for name in ("metrics.jsonl", "samples.jsonl", "adapter_model.safetensors"):
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
     assert not same_weights(first, other) and strict_rows(first) != strict_rows(other)
 
 
 @pytest.mark.slow
 def test_a_gold_function_does_not_train(run: Run, tmp_path: Path) -> None:
-    """--gold_fn adds figures and a gate; the weights are those of a run without."""
+    """--gold_fn adds figures; the weights are those of a run without."""
     judged, plain = run(gold_fn="constant"), run(output_dir=str(tmp_path / "plain"))
     assert same_weights(judged, plain) and strict_rows(judged)[0]["gold"] == pytest.approx(0.1)
-    check_report(judged, "grpo", GATES | {"gold_low"})
-    check_report(plain, "grpo", GATES)
 
 
 def test_the_adapter_loads_in_plain_peft(run: Run, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,14 +184,14 @@ def test_the_adapter_loads_in_plain_peft(run: Run, base: Path, monkeypatch: pyte
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    original, seen, ids = grpo.save_adapter, {}, torch.tensor([[5, 17, 99, 300, 4]])
+    original, seen, ids = grpo.save_model, {}, torch.tensor([[5, 17, 99, 300, 4]])
 
     def recorded(folder: Path, model: Any, name: str, *rest: Any) -> None:
         original(folder, model, name, *rest)
         with grpo.role(model, name):
             seen["logits"] = model(ids).logits
 
-    monkeypatch.setattr(grpo, "save_adapter", recorded)
+    monkeypatch.setattr(grpo, "save_model", recorded)
     folder = run(sync_ref_every=1)
     plain = AutoModelForCausalLM.from_pretrained(base)
     with torch.no_grad():
@@ -204,144 +203,108 @@ def test_the_adapter_loads_in_plain_peft(run: Run, base: Path, monkeypatch: pyte
 
 # -------------------------------------------------------------------------------------- what must not change a thing
 @pytest.fixture
-def first_step(run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[list[list[Tensor]], dict]]:
+def first_step(run: Run, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[list[Tensor], dict]]:
     """first_step(**flags) -> (gradients before the first update, the step's metrics), away from where it starts.
 
     The policy has parted from the reference, and pi_old from the policy by noise: every ratio and KL term counts.
     """
 
-    def start(**flags: Any) -> tuple[list[list[Tensor]], dict]:
+    def start(**flags: Any) -> tuple[list[Tensor], dict]:
         found: list[list[Tensor]] = []
-        update, load, logprobs_of = grpo.update, grpo.load_group_roles, grpo.role_logprobs
+        clip, load, logprobs_of = grpo.Run.clip_gradients, grpo.load_rewards, grpo.role_logprobs
 
-        def recorded(optimizer: Any, *rest: Any) -> float:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            found.append([p.grad.clone() for p in parameters if p.grad is not None])
-            return update(optimizer, *rest)
+        def recorded(run: Any, optimizer: Any, learning_rate: float) -> float:
+            (group,) = optimizer.param_groups
+            found.append([p.grad.clone() for p in group["params"] if p.grad is not None])
+            return clip(run, optimizer, learning_rate)
 
-        def parted(*args: Any) -> Any:
-            loaded = load(*args)
-            perturb(loaded[0], "policy", seed=11, size=0.1)
-            return loaded
-
-        def older(model: Any, who: str, rollout: Any, temperature: float) -> tuple[Tensor, Tensor]:
-            logprobs, entropy = logprobs_of(model, who, rollout, temperature)
-            noise = torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(5))
-            return logprobs + 0.1 * noise * rollout.mask * (who == "policy"), entropy
+        def parted(model: Any, *rest: Any) -> Any:
+            perturb(model, "policy", seed=11, size=0.1)
+            return load(model, *rest)
 
         with monkeypatch.context() as patch:
-            patch.setattr(grpo, "update", recorded)
-            patch.setattr(grpo, "load_group_roles", parted)
-            patch.setattr(grpo, "role_logprobs", older)
-            patch.setattr(grpo, "preflight", lambda *_: [])
+            patch.setattr(grpo.Run, "clip_gradients", recorded)
+            patch.setattr(grpo, "load_rewards", parted)
+            patch.setattr(grpo, "role_logprobs", partial(older, logprobs_of))
+            patch.setattr(grpo, "preflight", lambda *_: None)
             folder = run(**{"max_steps": 1, "entropy_coef": 0.01, "kl_coef": 0.5, **flags})
         row = strict_rows(folder)[0]
-        return found, {k: v for k, v in row.items() if not k.startswith("heldout") and k != "tokens_saved"}
+        return found[0], {k: v for k, v in row.items() if not k.startswith("heldout")}
 
     return start
 
 
-def assert_same_step(ours: tuple[list[list[Tensor]], dict], theirs: tuple[list[list[Tensor]], dict]) -> None:
+def noise(mask: Tensor) -> Tensor:
+    """(B, T): by how much pi_old's log-probs are made to differ from the policy's."""
+    return 0.1 * torch.randn(mask.shape, generator=torch.Generator().manual_seed(5)) * mask
+
+
+def older(compute: Callable, model: Any, who: str, rows: Any, mask: Tensor, args: Any) -> list[Tensor]:
+    """role_logprobs with noise on the policy's."""
+    logprobs, entropy = compute(model, who, rows, mask, args)
+    return [logprobs + noise(mask) * (who == "policy"), entropy]
+
+
+def assert_same_step(ours: tuple[list[Tensor], dict], theirs: tuple[list[Tensor], dict]) -> None:
     """Gradients to 1e-5 of the largest entry, metrics to 1e-4."""
-    assert_same_gradients(ours[0], theirs[0], 1)
+    scale = max(g.abs().max().item() for g in theirs[0])
+    assert len(ours[0]) == len(theirs[0]) and scale > 0
+    assert max((x - y).abs().max().item() for x, y in zip(ours[0], theirs[0], strict=True)) <= 1e-5 * max(scale, 1e-3)
     assert ours[1] == pytest.approx(theirs[1], rel=1e-4, abs=2e-5)
 
 
-@ALL
-def test_rows_do_not_change_the_gradient(method: str, first_step: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trap 23: one rollout of unequal lengths in micro-batches of 16, 3 and 1, shared and padded: one gradient."""
-    original, found = grpo.group_backward, []
-
-    def again(model: Any, rollout: Any, *rest: Any) -> Any:
-        groups = [(rollout.prompts[i]["ids"], rollout.responses[i : i + 4]) for i in range(0, 16, 4)]
-        config, parameters = model.get_base_model().config, grpo.adapter_parameters(model, "policy")
-        for width, micro in ((1, 16), (0, 16), (10**6, 16), (1, 3), (0, 3), (10**6, 3), (0, 1)):
-            with monkeypatch.context() as patch:
-                patch.setattr(grpo, "row_width", lambda groups, config, width=width: width)
-                batches = grpo.lay_out_rollout(
-                    groups, 1, replace(rest[-1], micro_batch_size=micro), config, 0, torch.device("cpu")
-                )
-            assert len(batches[0]) == math.ceil(16 / micro)
-            _, sums = original(model, rollout._replace(minibatches=batches), *rest)
-            found.append(([[p.grad.clone() for p in parameters if p.grad is not None]], dict(enumerate(sums))))
-            for p in parameters:
-                p.grad = None
-        return original(model, rollout, *rest)
-
-    monkeypatch.setattr(grpo, "group_backward", again)
-    whole = first_step(method=method)
-    assert whole[1]["approx_kl"] > 1e-3
-    assert ("kl" in whole[1]) == (grpo.METHODS[method].kl != "none") and abs(whole[1].get("kl", 1.0)) > 0.1
-    for gradients, sums in found:
-        assert_same_gradients(gradients, whole[0], 1)
-        assert sums == pytest.approx(found[0][1], rel=1e-4, abs=2e-5)
-
-
-@pytest.mark.parametrize("method", [m if m in WHOLE else pytest.param(m, marks=pytest.mark.slow) for m in grpo.METHODS])
-def test_micro_batches_do_not_change_the_step(method: str, first_step: Any) -> None:
-    """The whole step with its reference, penalties and greedy responses: one micro-batch of 16 against 3s, 1s and as
-    many as have 40 tokens."""
-    whole = first_step(method=method, micro_batch_size=16)
-    for cut in (
-        {"micro_batch_size": 3},
-        {"micro_batch_size": 1},
-        {"micro_batch_size": 16, "tokens_per_micro_batch": 40},
-    ):
-        assert_same_step(first_step(method=method, **cut), whole)
+@pytest.mark.parametrize("method", some(ALL, "grpo", "gspo", "remax", "sppo"))
+def test_rows_do_not_change_the_step(method: str, first_step: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap 23: responses of unequal lengths, all in one row, each group in one, each response: gradient, metrics."""
+    whole = first_step(method=method, tokens_per_batch=4096)
+    assert whole[1]["approx_kl"] > 1e-3 or method in grpo.PAIR_METHODS
+    has_reference = method in grpo.PAIR_METHODS or grpo.METHODS[method].kl != "none"
+    assert ("kl" in whole[1]) == has_reference and abs(whole[1].get("kl", 1.0)) > 0.1
+    assert_same_step(first_step(method=method, tokens_per_batch=1), whole)
+    if method in grpo.METHODS:
+        monkeypatch.setattr(grpo, "FLAT_ROW_MODELS", ())
+        assert_same_step(first_step(method=method), whole)
 
 
 def test_layout_does_not_change_the_step(first_step: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of several groups, of one, and padded ones, after refilling and with truncated responses masked."""
-    found = []
-    for width in (10**6, 1, 0):
-        monkeypatch.setattr(grpo, "row_width", lambda groups, config, width=width: width)
-        found.append(first_step(method="dapo", reward_fn="rare", mask_truncated=True))
-    assert_same_step(found[0], found[2])
-    assert_same_step(found[1], found[2])
-    assert found[0][1]["refilled"] > 0
+    """Rows of several groups, and of one response, after refilling and with truncated responses masked."""
+    flags = {"method": "dapo", "reward_fn": "rare", "mask_truncated": True}
+    whole = first_step(**flags)
+    monkeypatch.setattr(grpo, "FLAT_ROW_MODELS", ())
+    assert_same_step(first_step(**flags), whole)
+    assert whole[1]["refilled"] > 0
 
 
-def test_tokens_saved_is_the_layouts(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Above 0 where prompts are shared, 0 where every response has its padded row."""
-    saved = []
-    for shared in (True, False):
-        monkeypatch.setattr(grpo, "row_width", lambda groups, config, shared=shared: shared)
-        saved.append(
-            [row["tokens_saved"] for row in strict_rows(run(output_dir=str(tmp_path / str(shared)), max_steps=1))]
-        )
-    assert saved[0][0] > 0.1 and saved[1] == [0]
-
-
-def test_tokens_saved_by_hand() -> None:
-    """A prompt of 10, responses of 2, 3, 4, 5: one row of 24 against four rows of 15."""
-    group = [([7] * 10, [[1] * n for n in (2, 3, 4, 5)])]
-    for shared, expected in ((True, 1 - 24 / 60), (False, 0.0)):
-        rows = grpo.lay_out(group, shared, 0, torch.device("cpu"))
-        rollout: Any = SimpleNamespace(
-            batches=lambda rows=rows: [([0, 1, 2, 3], rows)], prompts=[{"ids": [7] * 10}] * 4, responses=group[0][1]
-        )
-        assert grpo.tokens_saved(rollout) == pytest.approx(expected)
+def test_clip_fraction_counts_both_sides(first_step: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ratios of the first update are exp(-noise): those below 0.95 and above 1.02 over all tokens."""
+    seen = record(monkeypatch, grpo, "collect")
+    _, metrics = first_step(clip_low=0.05, clip_high=0.02)
+    ((_, (rollout, *_)),) = seen
+    ratios = torch.exp(-noise(rollout.mask))[rollout.mask.bool()]
+    outside = (ratios < 0.95) | (ratios > 1.02)
+    assert metrics["clip_fraction"] == pytest.approx(outside.float().mean().item(), abs=1e-6)
 
 
 def test_gradient_checkpointing_does_not_change_the_step(first_step: Any) -> None:
     """Activations that are computed again are the same."""
-    off, on = (first_step(gradient_checkpointing=checkpointing) for checkpointing in (False, True))
+    off, on = (first_step(gradient_checkpointing=recompute) for recompute in (False, True))
     assert_same_step(on, off)
 
 
 # -------------------------------------------------------------------------------------------------- every method runs
-@ALL
+@pytest.mark.parametrize("method", ALL)
 def test_every_method_runs_with_every_extra(method: str, run: Run, sft_run: Path) -> None:
     """Two steps of two updates with truncated responses masked, an overlong buffer, an entropy bonus, a following
     reference where there is one: metrics finite, weights moved."""
     flags: dict[str, Any] = {"mask_truncated": True, "overlong_buffer": 0.5, "entropy_coef": 0.01, "reward_fn": "rare"}
-    flags |= {"sync_ref_every": int(grpo.METHODS[method].kl != "none")}
-    folder = run(method=method, mu=2, **flags)
+    has_reference = method in grpo.PAIR_METHODS or grpo.METHODS[method].kl != "none"
+    folder = run(method=method, mu=2, sync_ref_every=int(has_reference), **flags)
     rows = strict_rows(folder)
     assert len(rows) == 2 and all(math.isfinite(value) for row in rows for value in row.values())
     assert all(0 < row["eos_rate"] < 1 and row["approx_kl"] > 0 for row in rows) and not same_weights(folder, sft_run)
     assert (max(row["refilled"] for row in rows) > 0) == (method == "dapo")
-    if flags["sync_ref_every"]:
+    assert all(("accuracy" in row) != ("clip_fraction" in row) for row in rows)
+    if has_reference:
         assert all(abs(row["kl"]) < 1e-4 for row in rows) and abs(rows[1]["heldout_kl"]) > 1e-4
 
 
@@ -361,23 +324,20 @@ def test_the_reference_is_computed_where_it_is_needed(
     assert calls.count("reference") == passes + 3 and all(("kl" in row) == (kl != "none") for row in rows)
 
 
-EQUAL = [pytest.param(m, marks=[pytest.mark.slow] if m in ("dr_grpo", "gspo", "cispo") else []) for m in grpo.METHODS]
-
-
-@pytest.mark.parametrize("method", EQUAL)
+@pytest.mark.parametrize(
+    "method", some(ALL, "grpo", "dapo", "rloo", "reinforce", "reinforce_pp", "remax", "online_dpo")
+)
 def test_equal_rewards_move_nothing(method: str, run: Run, sft_run: Path) -> None:
     """0.1 for every response, no KL penalty: the weights stay to the bit, all groups are flat, metrics are finite."""
-    folder = run(method=method, reward_fn="constant", kl="none", overlong_buffer=0.0, mu=2, max_steps=1)
+    kl = "none" if method in grpo.METHODS else None
+    folder = run(method=method, reward_fn="constant", kl=kl, overlong_buffer=0.0, mu=2, max_steps=1)
     assert same_weights(folder, sft_run)
     for row in strict_rows(folder):
         assert all(map(math.isfinite, row.values())) and row["grad_norm"] == 0 and row["flat"] == 1
         assert row["constant/flat"] == 1 and row["constant/sd"] == pytest.approx(0, abs=1e-6)
 
 
-NO_END = ["grpo", "rloo", "remax", "reinforce_pp"]
-
-
-@pytest.mark.parametrize("method", NO_END)
+@pytest.mark.parametrize("method", ["grpo", "rloo", "remax", "reinforce_pp", "sppo"])
 def test_a_batch_of_truncated_responses_moves_nothing(
     method: str, run: Run, sft_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -395,21 +355,19 @@ def test_a_batch_of_truncated_responses_moves_nothing(
     assert same_weights(folder, sft_run)
 
 
-def test_a_following_reference_and_a_fixed_judge(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_following_reference_and_a_fixed_judge(run: Run) -> None:
     """--sync_ref_every 2: rollouts start at KL 0 every second step; the held-out KL is that to the start."""
-    copies = record(monkeypatch, grpo, "copy_adapter")
     rows = strict_rows(run(sync_ref_every=2, max_steps=4, eval_every=1))
     assert [abs(row["kl"]) < 1e-4 for row in rows] == [True, False, True, False]
-    assert [arguments[1:] for arguments, _ in copies] == [("policy", "reference")] * 2
     assert all(abs(row["heldout_kl"]) > 1e-3 for row in rows)
 
 
 @pytest.mark.parametrize("sync", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_bare_base_is_its_own_reference(sync: int, run: Run, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """--model without an adapter: a new one is trained, the reference is the base until it follows."""
-    loaded = record(monkeypatch, grpo, "load_group_roles")
+    loaded = record(monkeypatch, grpo, "load_rewards")
     rows = strict_rows(run(model=str(base), lora_r=4, sync_ref_every=sync, max_steps=3))
-    ((_, (model, *_)),) = loaded
+    (((model, *_), _),) = loaded
     assert set(model.peft_config) == ({"policy", "reference"} if sync else {"policy"})
     assert [abs(row["kl"]) < 1e-4 for row in rows] == [True, False, bool(sync)]
 
@@ -417,17 +375,15 @@ def test_a_bare_base_is_its_own_reference(sync: int, run: Run, base: Path, monke
 # ------------------------------------------------------------------------------------------------- other precisions
 @pytest.mark.parametrize("flags", [{"quant": "nf4"}, {"dtype": "bfloat16"}], ids=["nf4", "bfloat16"])
 def test_less_precision_trains(flags: dict, run: Run, sft_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On CPU: layers of the kind asked for, a green preflight, two steps of finite metrics, float32 adapters."""
+    """On CPU, past the preflight: layers of the kind asked for, two steps of finite metrics, float32 adapters."""
     import bitsandbytes
 
-    loaded = record(monkeypatch, grpo, "load_group_roles")
+    loaded = record(monkeypatch, grpo, "load_rewards")
     folder = run(**flags)
-    ((_, (model, *_)),) = loaded
+    (((model, *_), _),) = loaded
     layers = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
     assert len(layers) == (14 if "quant" in flags else 0)
     assert model.get_base_model().get_input_embeddings().weight.dtype == torch.bfloat16
-    gates = {g["name"]: g for g in json.loads((folder / "report.json").read_text())["gates"]}
-    assert all(gates[name]["passed"] for name in ("kl_step0", "ratio_step0", "sampler_agreement"))
     rows = strict_rows(folder)
     assert len(rows) == 2 and all(math.isfinite(value) for row in rows for value in row.values())
     assert not same_weights(folder, sft_run)
@@ -511,7 +467,7 @@ def refused(run: Run, *patterns: str, **flags: Any) -> None:
 @pytest.mark.parametrize(
     ("body", "patterns"),
     [
-        ("raise KeyError('answer')", ["raised KeyError: 'answer'"]),
+        ("raise KeyError('answer')", ["bad.py:3: KeyError: 'answer'"]),
         ("return [1.0, 2.0]", ["returned 2 values for 16 responses"]),
         pytest.param(
             "return [float('inf')] * len(responses)",
@@ -520,44 +476,50 @@ def refused(run: Run, *patterns: str, **flags: Any) -> None:
         ),
         ("return [0.0] * 15 + [float('nan')]", ["returned nan for prompt '", ", response '"]),
         ("return [0.0, 'good'] + [0.0] * 14", ["returned 'good' for prompt '", ", response '"]),
-        pytest.param("return 3", ["raised TypeError"], marks=pytest.mark.slow),
+        pytest.param("return 3", ["TypeError"], marks=pytest.mark.slow),
     ],
 )
 def test_a_bad_function_among_others_is_one_line(body: str, patterns: list[str], run: Run, tmp_path: Path) -> None:
     """As one of two rewards: its name, and the row where there is one."""
     head = "if len(responses) < 16: return [0.0] * len(responses)"  # the held-out prompts
     (tmp_path / "bad.py").write_text(f"def bad(prompts, responses, **c):\n    {head}\n    {body}\n")
-    refused(run, f"{tmp_path / 'bad.py'}:bad ", *patterns, rewards=["share", f"{tmp_path / 'bad.py'}:bad=0.5"])
+    refused(run, "reward function bad", *patterns, rewards=["share", f"{tmp_path / 'bad.py'}:bad=0.5"])
 
 
-def test_two_reward_adapters_on_one_base_are_refused(run: Run, reward_run: Path, base: Path, tmp_path: Path) -> None:
-    """One base has one adapter named reward; the line names the second."""
+def test_two_reward_models_on_one_base(run: Run, reward_run: Path, base: Path, tmp_path: Path) -> None:
+    """Each has an adapter of its own; both scores are those of a run with one of them."""
     second = write_reward(tmp_path / "second", base, seed=8)
-    refused(run, f"--rewards {second}", "second reward adapter", rewards=[str(reward_run), f"{second}=2"])
-    assert not (tmp_path / "grpo").exists()
+    row = strict_rows(run(rewards=[str(reward_run), f"{second}=2"], max_steps=1))[0]
+    (alone,) = strict_rows(run(rewards=[str(second)], max_steps=1))
+    assert row["second/mean"] == pytest.approx(alone["second/mean"], abs=1e-5)
+    assert abs(row["second/mean"] - row["reward/mean"]) > 1e-3
+    assert row["score"] == pytest.approx(row["reward/mean"] + 2 * row["second/mean"], abs=1e-5)
 
 
 FLAG_ERRORS: list[tuple[dict[str, Any], list[str]]] = [
-    ({"rewards": ["share=much"]}, ["share=much", "much is no number", "SOURCE=WEIGHT"]),
+    ({"rewards": ["share=much"]}, ["share=much", "much is no weight", "SOURCE=WEIGHT"]),
     ({"rewards": ["absent.py:f"]}, ["absent.py:f", "no such file"]),
     ({"rewards": ["share", "nowhere"]}, ["nowhere"]),
     ({"reward_fn": None}, ["what is a good response?", "--reward_fn, --reward_model or --rewards"]),
     ({"batch_size": 18}, ["--batch_size 18", "--samples_per_prompt 4"]),
     ({"samples_per_prompt": 0}, ["--samples_per_prompt 0"]),
-    *[({"method": m, "samples_per_prompt": 1}, ["--samples_per_prompt 1", "at least 2"])
-      for m in ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo")],
+    *[({"method": m, "samples_per_prompt": 1}, ["--samples_per_prompt 1", "less than 2"])
+      for m in ("grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", *grpo.PAIR_METHODS)],
     *[({"method": m, "sync_ref_every": 2}, ["--sync_ref_every", f"--method {m}", "k1, k2 or k3"])
       for m in ("dr_grpo", "gspo", "cispo", "reinforce")],
     ({"kl": "none", "sync_ref_every": 1}, ["--sync_ref_every"]),
     ({"lora_r": 0}, ["--lora_r 0"]),
     ({"temperature": 0.0}, ["--temperature 0.0", "above 0"]),
-    ({"micro_batch_size": 0}, ["--micro_batch_size 0"]),
+    ({"tokens_per_batch": 0}, ["--tokens_per_batch 0"]),
+    ({"method": "online_dpo", "ratio": "product"}, ["--ratio", "no part in --method online_dpo"]),
+    ({"pairs": "all"}, ["--pairs", "no part in --method grpo"]),
     ({"sample_batch_size": -1}, ["--sample_batch_size -1"]),
     ({"epochs": 0.0}, ["--epochs 0.0"]),
     ({"overlong_buffer": 2.0}, ["--overlong_buffer 2.0", "from 0 to 1"]),
     ({"overlong_buffer": -0.1}, ["--overlong_buffer -0.1"]),
+    ({"sync_ref_every": -1}, ["--sync_ref_every -1", "above 0 or 0"]),
     ({"eval_size": 0}, ["--eval_size 0", "held-out prompts"]),
-    ({"dataset": "absent.jsonl"}, ["absent.jsonl", "no such"]),
+    ({"dataset": "absent.jsonl"}, ["absent.jsonl", "can't be read"]),
 ]  # fmt: skip
 
 
@@ -675,7 +637,8 @@ def test_gsm8k_trains_for_a_few_steps(run: Run, tmp_path: Path) -> None:
     for row in table:
         assert 0 <= row["numeric/mean"] < 0.5 and row["brevity/mean"] < 0 and row["grad_norm"] > 0
         assert row["score"] == pytest.approx(row["numeric/mean"] + 0.1 * row["brevity/mean"], abs=1e-6)
-    assert {row["id"] for row in read_jsonl(folder / "samples.jsonl")} <= {row["id"] for row in rows}
+    heldout = [row for row in read_jsonl(folder / "samples.jsonl") if row["model"] in ("sft", "grpo")]
+    assert heldout and {row["id"] for row in heldout} <= {row["id"] for row in rows}
 
 
 def repeated(texts: list[str], n: int) -> float:
@@ -688,7 +651,7 @@ def repeated(texts: list[str], n: int) -> float:
 @pytest.mark.slow
 def test_sentiment_rises_without_repetition(run: Run, tmp_path: Path) -> None:
     """40 steps on story openings: VADER's value on held-out continuations up, intervals apart; repeated bigrams and
-    trigrams within 1.5 times the start."""
+    trigrams within 1.5 times the start, and chance."""
     pytest.importorskip("vaderSentiment", reason="rewards/sentiment.py needs vaderSentiment")
     model, openings = shared_or_skip("models", "stories260k"), []
     for story in json.loads(shared_or_skip("corpora", "tinystories_1000_clean.json").read_text(encoding="utf-8")):
@@ -697,7 +660,7 @@ def test_sentiment_rises_without_repetition(run: Run, tmp_path: Path) -> None:
     reward, file = f"{ROOT}/rewards/sentiment.py:positive", str(write_jsonl(tmp_path / "openings.jsonl", openings))
     folder = run(
         model=str(model), chat_template="text", lora_r=None, dataset=file, eval_size=200, reward_fn=reward,
-        max_response_length=64, samples_per_prompt=8, batch_size=64, micro_batch_size=16, max_steps=40,
+        max_response_length=64, samples_per_prompt=8, batch_size=64, tokens_per_batch=1024, max_steps=40, epochs=10.0,
         learning_rate=3e-4, kl_coef=0.1, warmup_ratio=0.05,
     )  # fmt: skip
     rows = read_jsonl(folder / "samples.jsonl")
@@ -708,33 +671,52 @@ def test_sentiment_rises_without_repetition(run: Run, tmp_path: Path) -> None:
     shares = {n: [repeated(part, n) for part in texts] for n in (2, 3)}
     print(f"sentiment {[(x.mean(), h) for x, h in zip(values, (low, high), strict=True)]}, repeated {shares}")
     assert len(values[0]) >= 190 and values[1].mean() - high > values[0].mean() + low
-    assert all(share[1] <= 1.5 * share[0] for share in shares.values()), shares
+    assert all(share[1] <= 1.5 * share[0] + 0.005 for share in shares.values()), shares  # 0.005: ten of 2000 runs
 
 
 # --------------------------------------------------------------------------------------------------- interruptions
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the script may catch it."""
+
+
+def die_at(patch: pytest.MonkeyPatch, name: str, call: int, half: bool = False) -> None:
+    """Let the `call`-th call of grpo.<name> (from 1) kill the run; half: after half of the file has been written."""
+    owner = {"Run": grpo.Run, "torch": torch}.get(name.partition(".")[0], grpo)
+    attribute, calls = name.rpartition(".")[2], itertools.count(1)
+    original = getattr(owner, attribute)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == call:
+            if half:
+                args[1].write(b"half a fi")
+            raise Killed
+        return original(*args, **kwargs)
+
+    patch.setattr(owner, attribute, counted)
+
+
 RESUMED: dict[str, dict[str, Any]] = {
     "grpo": {"mu": 2, "eval_every": 2},
     "dapo": {"method": "dapo", "reward_fn": "rare", "mask_truncated": True},
     "sync": {"method": "rloo", "sync_ref_every": 2, "model": "base", "lora_r": 4},
     "remax": {"method": "remax", "sync_ref_every": 1},
+    "sppo": {"method": "sppo", "sync_ref_every": 2, "pairs": "all"},
 }
 DEATHS = [
-    ("grpo", "update", 4, False),  # between the two updates of the second step
-    ("grpo", "save_checkpoint", 2, False),  # metrics.jsonl is one step ahead of the checkpoint
-    ("grpo", "save_adapter", 1, False),  # all steps are done, the result is not written
-    ("dapo", "log_step", 3, False),  # the third step has been computed, nothing of it is written
+    ("grpo", "Run.clip_gradients", 4, False),  # between the two updates of the second step
+    ("grpo", "Run.save", 2, False),  # metrics.jsonl is one step ahead of the checkpoint
+    ("grpo", "save_model", 1, False),  # all steps are done, the result is not written
+    ("dapo", "Run.log", 3, False),  # the third step has been computed, nothing of it is written
     ("dapo", "replace_groups", 2, False),  # in the middle of a refill
-    ("sync", "log_step", 2, False),  # the reference has moved since the checkpoint
+    ("sync", "Run.log", 2, False),  # the reference has moved since the checkpoint
     ("sync", "collect", 3, False),  # the reference has moved, and its checkpoint is there
-    ("remax", "write_file", 4, True),  # args.json and two checkpoints are written; half of the third
+    ("remax", "torch.save", 3, True),  # half of the third checkpoint is written
+    ("sppo", "Run.log", 3, False),
 ]
 LATER = {
-    ("grpo", "save_adapter"),
-    ("dapo", "replace_groups"),
-    ("sync", "log_step"),
-    ("remax", "write_file"),
-    ("grpo", "save_checkpoint"),
-}
+    ("grpo", "save_model"), ("grpo", "Run.save"), ("dapo", "replace_groups"), ("sync", "Run.log"),
+    ("remax", "torch.save"),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -759,11 +741,11 @@ def test_a_run_resumes_bit_for_bit(
         uninterrupted[name] = run(output_dir=str(tmp_path_factory.mktemp("grpo") / "done"), **flags)
     done = uninterrupted[name]
     with monkeypatch.context() as patch:
-        die_at(patch, grpo, where, call, half)
+        die_at(patch, where, call, half)
         with pytest.raises(Killed):
             run(**flags)
     resumed = run(resume=True, **flags)
-    for file in ("metrics.jsonl", "adapter_model.safetensors", "samples.jsonl", "report.json"):
+    for file in ("metrics.jsonl", "adapter_model.safetensors", "samples.jsonl"):
         assert (resumed / file).read_bytes() == (done / file).read_bytes(), file
     assert len(read_jsonl(resumed / "timing.jsonl")) == 3
     if name == "dapo":
@@ -778,76 +760,63 @@ def test_resume_refuses_other_settings(run: Run) -> None:
 
 
 def test_a_checkpoint_holds_what_must_survive(run: Run) -> None:
-    """Loads with weights_only; the policy, the reference that was moved, the optimiser's state, the gates."""
-    folder = run(save_every=1, max_steps=3, sync_ref_every=3)
-    names = sorted(p.name for p in (folder / "checkpoint").iterdir())
-    assert names == ["step_000002.pt", "step_000003.pt"]
-    early, late = (torch.load(folder / "checkpoint" / name, weights_only=True) for name in names)
-    n = len(late["parameters"]) // 2
-    for state, equal in ((early, False), (late, True)):
-        pairs = zip(state["parameters"][:n], state["parameters"][n:], strict=True)
+    """Loads with weights_only; the policy, the reference that has become the policy, the optimiser's state."""
+    for steps, equal in ((2, False), (3, True)):
+        state = torch.load(run(max_steps=steps, sync_ref_every=3) / "checkpoint.pt", weights_only=True)
+        n = len(state["weights"]) // 2
+        pairs = zip(state["weights"][:n], state["weights"][n:], strict=True)
         assert all(torch.equal(a, b) for a, b in pairs) == equal
-    assert late["step"] == 3 and late["gates"][0][0] == "kl_step0" and late["optimizer"]["state"]
+        assert state["step"] == steps and state["optimizers"][0]["state"]
 
 
 # ------------------------------------------------------------------------------------------------- what main hands on
-@pytest.fixture
-def collecting(sft_run: Path, world: Path, functions: str) -> Callable:
-    """collecting(*reward names, **flags) -> (collect() of one batch of 4 x 4 responses, tokenizer, stop_ids)."""
-
-    def load(*names: str, **flags: Any) -> tuple[Callable, Any, list[int]]:
-        rewards = [f"{functions}:{name}" for name in names]
-        args = grpo.Args(
-            model=str(sft_run), dataset=str(world / "prompts.jsonl"), rewards=rewards, samples_per_prompt=4,
-            batch_size=16, max_response_length=10, dtype="float32", quant="none", eval_size=3, **flags,
-        )  # fmt: skip
-        grpo.settle_method(args, 1)
-        model, tokenizer, stop_ids, found, _ = grpo.load_group_roles(args, CPU)
-        prompts, _ = grpo.load_prompts(args, tokenizer)
-        one = Accelerator(cpu=True)
-        return lambda: grpo.collect(model, tokenizer, prompts, found, 0, one, stop_ids, args), tokenizer, stop_ids
-
-    return load
-
-
-def test_rounds_of_refills_never_repeat(collecting: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounds_of_refills_never_repeat(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """A constant reward refills all four groups three times: 16 different prompts, 16 different names of noise."""
-    collect, *_ = collecting("constant", max_refills=3)
     calls = record(monkeypatch, grpo, "roll_out")
-    assert collect()[2] == 12
-    assert len({name for given, _ in calls for name in given[3]}) == 16
-    assert len({p["key"] for given, _ in calls for p in given[2]}) == 16
+    (row,) = strict_rows(run(reward_fn="constant", max_refills=3, max_steps=1))
+    asked = [given for given, _ in calls if given[5] == 4]  # not the evaluations
+    assert row["refilled"] == 12
+    assert len({name for given in asked for name in given[4]}) == 16
+    assert len({p["key"] for given in asked for p in given[3]}) == 16
 
 
-def test_refills_go_by_the_total_and_bring_everything(collecting: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refills_go_by_the_total_and_bring_everything(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups are replaced where the weighted sum is flat; texts, ends and rewards are those of the new responses."""
-    collect, tokenizer, stop_ids = collecting("constant", "rare", max_refills=1)
-    calls = record(monkeypatch, grpo, "reward_table")
-    rollout, table, n = collect()
-    assert n == grpo.flat_groups(grpo.total_rewards(calls[0][1], [1.0, 1.0]), 4).sum() and 0 < n < 4
+    calls, scored, tables = record(monkeypatch, grpo, "collect"), grpo.reward_table, []
+
+    def copied(*given: Any) -> Tensor:
+        table = scored(*given)
+        tables.append(table.clone())  # collect writes into the first
+        return table
+
+    monkeypatch.setattr(grpo, "reward_table", copied)
+    run(rewards=["constant", "rare"], max_refills=1, max_steps=1)
+    (((_, tokenizer, stop_ids, _, rewards, _), (rollout, table, n)),) = calls
+    assert n == grpo.flat_groups(grpo.total_rewards(tables[0], [1.0, 1.0]), 4).sum() and 0 < n < 4
     assert rollout.texts == tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)
     assert rollout.ended.tolist() == [float(y[-1] in stop_ids) for y in rollout.responses]
-    rare = calls[0][0][1][1].score
-    assert table[:, 1].tolist() == rare([p["prompt"] for p in rollout.prompts], rollout.texts)
+    assert table[:, 1].tolist() == rewards[1].function([p["prompt"] for p in rollout.prompts], rollout.texts)
 
 
 def test_main_hands_on_the_mask(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """--mask_truncated: the loss, its denominator and the whitening leave out responses that did not end."""
-    updates, whitened = record(monkeypatch, grpo, "group_backward"), record(monkeypatch, grpo, "response_advantages")
-    run(method="reinforce_pp", mask_truncated=True, mu=3, max_steps=1)
-    _, rollout, mask, *_ = updates[0][0]
-    assert 0 < rollout.ended.sum() < 16
-    assert torch.equal(mask, rollout.mask * rollout.ended.long()[:, None]) and torch.equal(whitened[0][0][1], mask)
-    assert all(given[6] == mask.sum() for given, _ in updates)
+    weighted, whitened = record(monkeypatch, grpo, "token_weights"), record(monkeypatch, grpo, "response_advantages")
+    seen = record(monkeypatch, grpo, "collect")
+    run(method="reinforce_pp", mask_truncated=True, mu=3, max_steps=1, tokens_per_batch=4096)
+    ((_, (rollout, *_)),) = seen
+    mask = rollout.mask * rollout.ended.long()[:, None]
+    assert 0 < rollout.ended.sum() < 16 and torch.equal(whitened[0][0][1], mask) and len(weighted) == 3
+    assert all(torch.equal(given[0], mask) and given[3] == mask.sum() for given, _ in weighted)
 
 
 def test_heldout_score_is_the_weighted_sum(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """--rewards a=2 b=-3."""
-    judged = record(monkeypatch, grpo, "judge_policy")
-    run(rewards=["share=2", "constant=-3"], max_steps=1)
+    judged = record(monkeypatch, grpo, "evaluate")
+    run(rewards=["share=2", "constant=-3", "short"], max_steps=1)
     assert judged
     for _, result in judged:
-        assert result["score"] == pytest.approx(2 * result["reward share"] - 3 * result["reward constant"])
+        known = np.nan_to_num(result["reward short"])  # what is not known adds nothing
+        assert result["score"] == pytest.approx(2 * result["reward share"] - 3 * result["reward constant"] + known)
 
 
 def test_score_is_before_penalties(run: Run) -> None:
@@ -856,14 +825,87 @@ def test_score_is_before_penalties(run: Run) -> None:
     assert row["eos_rate"] < 1 and row["score"] == pytest.approx(row["share/mean"], abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ({"method": "reinforce", "max_refills": 3}, "is a signal"),
-        ({"sync_ref_every": -1}, "must not be below 0"),
-    ],
-)
-def test_flags_without_effect_are_refused(flags: dict, words: str) -> None:
-    """A flag that the method does not use, or that would harm it."""
-    with pytest.raises(grpo.UserError, match=words):
-        grpo.settle_method(grpo.Args(**flags), 1)
+# ----------------------------------------------------------------------------------------------------- pair methods
+@pytest.mark.parametrize("pairs", ["best_worst", "all"])
+@pytest.mark.parametrize("method", grpo.PAIR_METHODS)
+def test_a_step_of_pairs_is_what_the_papers_say(
+    method: str, pairs: str, first_step: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss of a run away from its reference, from the log-probs of all responses, in float64."""
+    seen, tables = record(monkeypatch, grpo, "collect"), record(monkeypatch, grpo, "role_logprobs")
+    _, metrics = first_step(method=method, pairs=pairs, entropy_coef=0.0)
+    ((_, (rollout, table, _)),) = seen
+    known = {given[1]: x[0].double() for given, x in tables if len(given[3]) == 16}
+    h = ((known["policy"] - known["reference"]) * rollout.mask).sum(1).tolist()
+    beta, lengths, total, ranked = grpo.PAIR_METHODS[method], rollout.mask.sum(1).tolist(), 0.0, 0
+    for first in range(0, 16, 4):
+        own, r = range(first, first + 4), table[:, 0].tolist()
+        chosen = [(i, j) for i in own for j in own if r[i] > r[j]]
+        if chosen and pairs == "best_worst":
+            chosen = [(max(own, key=lambda i: r[i]), min(own, key=lambda i: r[i]))]
+        for w, l in chosen:  # noqa: E741
+            win = [sum(reference.sigma(r[i] - r[j]) for j in own if j != i) / 3 for i in (w, l)]
+            if method == "online_dpo":
+                value = reference.cdpo(h[w], h[l], beta, 0.0)
+            elif method == "online_ipo":
+                value = (h[w] / lengths[w] - h[l] / lengths[l] - 1 / (2 * beta)) ** 2
+            else:
+                value = reference.sppo(h[w], win[0], beta) + reference.sppo(h[l], win[1], beta)
+            total += value / len(chosen)
+        ranked += bool(chosen)
+    assert metrics["policy_loss"] == pytest.approx(total / ranked, rel=1e-4) and 0 < metrics["accuracy"] < 1
+
+
+def test_only_what_is_compared_is_trained_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """best_worst: rows of the update hold two responses to each prompt whose rewards differ, in a row together."""
+    ranked, rows = record(monkeypatch, grpo, "rank_pairs"), record(monkeypatch, grpo, "lay_out")
+    run(method="online_dpo", tokens_per_batch=1, max_steps=1)
+    ((_, (pairs, weights)),) = ranked
+    ((_, laid_out),) = rows
+    assert 0 < len(pairs) <= 4 and weights.tolist() == [1.0] * len(pairs)
+    assert sorted(row.numbers for row in laid_out) == sorted(sorted(pair) for pair in pairs.tolist())
+
+
+def test_prompts_with_equal_rewards_are_left_out(run: Run, tmp_path: Path) -> None:
+    """Three of the four prompts of each batch have no pair: the loss is the other's alone, not a quarter of it."""
+    (tmp_path / "first.py").write_text(
+        "def score(prompts, responses, **columns):\n"
+        "    return [len(r) * (p == prompts[0]) for p, r in zip(prompts, responses)]"
+    )
+    (row,) = strict_rows(run(method="online_dpo", reward_fn=f"{tmp_path / 'first.py'}:score", max_steps=1))
+    assert row["flat"] == 0.75 and row["policy_loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_a_missing_end_costs(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal rewards: what ended is ranked above what did not, by the penalty; --mask_truncated leaves no pair."""
+    ranked, seen = record(monkeypatch, grpo, "rank_pairs"), record(monkeypatch, grpo, "collect")
+    flags = {"method": "online_dpo", "reward_fn": "constant", "missing_eos_penalty": 2.0, "batch_size": 48}
+    (row,) = strict_rows(run(max_steps=1, **flags))
+    ((_, (pairs, _)),), ((_, (rollout, *_)),) = ranked, seen
+    assert 0 < row["eos_rate"] < 1 and row["score"] == pytest.approx(0.1) and len(pairs)
+    assert all(rollout.ended[better] == 1 and rollout.ended[worse] == 0 for better, worse in pairs.tolist())
+    run(max_steps=1, mask_truncated=True, **flags)
+    assert not len(ranked[1][1][0])
+
+
+def test_a_rewarded_word_becomes_frequent(run: Run, tmp_path: Path) -> None:
+    """Online DPO on a reward for a word: its share rises, KL grows from 0, the pairs are told apart."""
+    (tmp_path / "word.py").write_text(
+        "def score(prompts, responses, **columns):\n"
+        "    return [r.count('the') / (1 + len(r.split())) for r in responses]"
+    )
+    folder = run(
+        method="online_dpo", reward_fn=f"{tmp_path / 'word.py'}:score", max_steps=20, batch_size=32, learning_rate=1e-3,
+        tokens_per_batch=512, epochs=10.0,
+    )  # fmt: skip
+    rows = strict_rows(folder)
+    share = [row["score"] for row in rows]
+    assert np.mean(share[-5:]) > np.mean(share[:5]) + 0.02
+    assert abs(rows[0]["kl"]) < 1e-3 and np.mean([row["kl"] for row in rows[-5:]]) > 0.1
+    assert rows[0]["accuracy"] == pytest.approx(0.5, abs=0.01) and np.mean([r["accuracy"] for r in rows[-5:]]) > 0.6
+
+
+def test_pairs_need_rows_that_hold_two(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that takes one response per row is refused by name."""
+    monkeypatch.setattr(grpo, "FLAT_ROW_MODELS", ())
+    refused(run, "--method sppo", "llama", "one row", method="sppo")

@@ -12,6 +12,8 @@ import dpo
 import grpo
 import ppo
 
+ON_THE_REWARD_MODEL = {"reward_model": str(ROOT / "tiny" / "reward"), "missing_eos_penalty": 1.0}
+
 
 def held_out(folder: Path, model: str, key: str) -> np.ndarray:
     """`key` of every held-out response of `model` in a run's samples.jsonl."""
@@ -25,26 +27,15 @@ def check_gold_rises(folder: Path) -> None:
     assert len(before) == len(after) >= 200
     half = [1.96 * x.std(ddof=1) / np.sqrt(len(x)) for x in (before, after)]
     assert after.mean() - half[1] > before.mean() + half[0]
-    report = json.loads((folder / "report.json").read_text())
-    assert report["passed"] and {gate["name"] for gate in report["gates"]} >= {
-        "kl_step0",
-        "sampler_agreement",
-        "gold_low",
-    }
+    result = json.loads((folder / "result.json").read_text())
+    assert result["ppo"]["gold"][0] == pytest.approx(after.mean()) and result["gold_win_rate"][1] > 0.5
 
 
 def test_bare_ppo_raises_gold(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    ppo.main(ppo.Args(output_dir=str(tmp_path / "ppo")))
+    ppo.main(ppo.Args(**ppo.TINY_SETTINGS, output_dir=str(tmp_path / "ppo")))
     check_gold_rises(tmp_path / "ppo")
     printed = capsys.readouterr().out
-    for label in (
-        "gold utility",
-        "gold win-rate over SFT",
-        "KL to reference",
-        "length, tokens",
-        "entropy",
-        "wall time",
-    ):
+    for label in ("gold ", "gold win-rate over SFT", "kl ", "length ", "entropy ", "ended ", "preflight: ok"):
         assert label in printed
     assert printed.count("\nbefore ") == printed.count("\nafter ") == 3
     assert (tmp_path / "ppo" / "curves.png").stat().st_size > 10_000
@@ -53,9 +44,11 @@ def test_bare_ppo_raises_gold(tmp_path: Path, capsys: pytest.CaptureFixture) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_gold_rises_with_the_kl_penalty_and_is_hacked_without(tmp_path: Path, seed: int) -> None:
-    ppo.main(ppo.Args(seed=seed, output_dir=str(tmp_path / "kl")))
+    ppo.main(ppo.Args(**ppo.TINY_SETTINGS, seed=seed, output_dir=str(tmp_path / "kl")))
     check_gold_rises(tmp_path / "kl")
-    ppo.main(ppo.Args(seed=seed, kl_coef=0.0, epochs=5.0, output_dir=str(tmp_path / "free")))
+    ppo.main(
+        ppo.Args(**{**ppo.TINY_SETTINGS, "epochs": 5.0}, seed=seed, kl_coef=0.0, output_dir=str(tmp_path / "free"))
+    )
     score = [held_out(tmp_path / name, "ppo", "score").mean() for name in ("kl", "free")]
     gold = [held_out(tmp_path / name, "ppo", "gold").mean() for name in ("kl", "free")]
     assert score[1] > score[0] and gold[1] < gold[0] - 0.2, "without KL penalty: proxy up, gold down"
@@ -63,48 +56,52 @@ def test_gold_rises_with_the_kl_penalty_and_is_hacked_without(tmp_path: Path, se
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("online", [False, True], ids=["offline", "online"])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_bare_dpo_raises_gold(tmp_path: Path, seed: int, online: bool) -> None:
+def test_bare_dpo_raises_gold(tmp_path: Path, seed: int) -> None:
     """The annotator prefers the policy's held-out responses to SFT's: low end of the win-rate above 1/2."""
     output, cache = str(tmp_path / "dpo"), str(tmp_path / "cache")
-    sampling: dict[str, Any] = (
-        {"online": True, "batch_size": 128, "epochs": 2.5} if online else {}
-    )  # as many samples as PPO's
-    dpo.main(dpo.Args(seed=seed, output_dir=output, cache_dir=cache, **sampling))
-    before, after = (held_out(tmp_path / "dpo", model, "gold") for model in ("sft", "dpo"))
+    dpo.main(dpo.Args(**dpo.TINY_SETTINGS, seed=seed, output_dir=output, cache_dir=cache))
+    check_win_rate(tmp_path / "dpo", "dpo")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_online_dpo_raises_gold(tmp_path: Path, seed: int) -> None:
+    """Samples of the policy, ranked by the reward model."""
+    given: dict[str, Any] = {"method": "online_dpo", **ON_THE_REWARD_MODEL}
+    grpo.main(grpo.Args(**grpo.TINY_SETTINGS, **given, seed=seed, output_dir=str(tmp_path / "online")))
+    check_win_rate(tmp_path / "online", "grpo")
+
+
+def check_win_rate(folder: Path, model: str) -> None:
+    """The low end of the gold win-rate over SFT, computed here from the samples, is above 1/2."""
+    before, after = (held_out(folder, name, "gold") for name in ("sft", model))
     assert len(before) == len(after) >= 200
     wins = np.sign(after - before) / 2 + 0.5
     assert wins.mean() - 1.96 * wins.std(ddof=1) / np.sqrt(len(wins)) > 0.5
-    report = json.loads((tmp_path / "dpo" / "report.json").read_text())
-    gates = {"kl_step0", "sampler_agreement"} if online else {"logratio_step0", "accuracy_low"}
-    assert report["passed"] and {gate["name"] for gate in report["gates"]} >= gates | {"gold_low"}
 
 
-def check_intervals_apart(folder: Path, key: str, gates: set[str]) -> None:
-    """The 95 % intervals of the mean of `key`, SFT and GRPO, from the samples, do not touch; all gates pass."""
+def check_intervals_apart(folder: Path, key: str) -> None:
+    """The 95 % intervals of the mean of `key`, SFT and GRPO, from the samples, do not touch."""
     before, after = (held_out(folder, model, key) for model in ("sft", "grpo"))
     assert len(before) == len(after) >= 200
     half = [1.96 * x.std(ddof=1) / np.sqrt(len(x)) for x in (before, after)]
     assert after.mean() - half[1] > before.mean() + half[0]
-    report = json.loads((folder / "report.json").read_text())
-    assert report["passed"] and {gate["name"] for gate in report["gates"]} >= gates
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_bare_grpo_learns_the_facts(tmp_path: Path, seed: int) -> None:
     """The score is tiny/facts.py's `right`: more held-out answers are right."""
-    grpo.main(grpo.Args(seed=seed, output_dir=str(tmp_path / "grpo")))
+    grpo.main(grpo.Args(**grpo.TINY_SETTINGS, seed=seed, output_dir=str(tmp_path / "grpo")))
     assert set(held_out(tmp_path / "grpo", "grpo", "score")) <= {0.0, 1.0}
-    check_intervals_apart(tmp_path / "grpo", "score", {"kl_step0", "ratio_step0", "sampler_agreement", "score_low"})
+    check_intervals_apart(tmp_path / "grpo", "score")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_rloo_on_the_reward_model_raises_gold(tmp_path: Path, seed: int) -> None:
     """As PPO does, with the same reward model and penalty."""
-    reward = str(ROOT / "tiny" / "reward")
-    output = str(tmp_path / "rloo")
-    grpo.main(grpo.Args(seed=seed, output_dir=output, method="rloo", reward_model=reward, missing_eos_penalty=1.0))
-    check_intervals_apart(tmp_path / "rloo", "gold", {"kl_step0", "sampler_agreement", "score_low", "gold_low"})
+    given: dict[str, Any] = {"method": "rloo", **ON_THE_REWARD_MODEL}
+    grpo.main(grpo.Args(**grpo.TINY_SETTINGS, **given, seed=seed, output_dir=str(tmp_path / "rloo")))
+    check_intervals_apart(tmp_path / "rloo", "gold")

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 import reference
 import torch
 from conftest import ROOT, STAGES, tiny_llama
+from scipy import stats
 from torch import Tensor
 
 import ppo
@@ -216,55 +218,45 @@ def test_learning_rate(total: int, ratio: float) -> None:
     assert all(0 < rate <= 0.01 for rate in rates) and max(rates[:total]) == pytest.approx(0.01)
 
 
-def rollout_of(mask: Tensor, ended: Tensor) -> ppo.Rollout:
-    """A Rollout that holds what rollout_metrics reads."""
+ALONE = SimpleNamespace(total=lambda *values: list(values))  # a Run of one process
+
+
+def means_of(mask: Tensor, ended: Tensor, scores: Tensor, golds: np.ndarray, tables: dict[str, Tensor]) -> dict:
+    """ppo.batch_means of these tables."""
     fields: Any = {name: [] for name in ppo.Rollout._fields}
-    fields |= {"mask": mask, "ended": ended, "sampler_logprobs": torch.zeros(mask.shape)}
-    return ppo.Rollout(**fields)
+    rollout = ppo.Rollout(**{**fields, "mask": mask, "ended": ended})
+    run: Any = ALONE
+    return ppo.batch_means(run, rollout, scores, golds, **tables)
 
 
 @SEEDS
 @PADDED
 def test_metrics_are_means_over_real_tokens(seed: int, extra_columns: int) -> None:
     """Trap 11: score, reward, kl per response; entropy and explained variance per token; garbage padding unseen."""
-    x = ragged(seed, extra_columns, "rewards ratio entropy values returns")
-    t, n = x.tensors, len(x.mask)
+    x = ragged(seed, extra_columns, "rewards log_ratio entropy values returns")
+    t, n = dict(x.tensors), len(x.mask)
     scores, ended = torch.arange(n, dtype=torch.float64), torch.tensor([1.0] + [0.0] * (n - 1))
-    metrics = ppo.rollout_metrics(
-        rollout_of(x.mask, ended), scores, t["rewards"] * x.mask, t["ratio"], t["entropy"], t["values"], t["returns"],
-        None, ppo.Accelerator(cpu=True),
-    )  # fmt: skip
+    t["error"] = t["returns"] - t.pop("values")
+    metrics = means_of(x.mask, ended, scores, np.zeros(0), t)
     lists = x.lists
     expected = {
         "score": (n - 1) / 2,
         "reward": sum(map(sum, lists["rewards"])) / n,
-        "kl": sum(map(sum, lists["ratio"])) / n,
+        "kl": sum(map(sum, lists["log_ratio"])) / n,
         "entropy": reference.masked_mean(lists["entropy"]),
-        "response_length": sum(map(len, lists["ratio"])) / n,
+        "response_length": sum(map(len, lists["log_ratio"])) / n,
         "eos_rate": 1 / n,
         "explained_variance": reference.explained_variance(lists["values"], lists["returns"]),
     }
-    assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    assert metrics == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
 def test_a_gold_score_of_none_is_left_out_of_the_mean() -> None:
     """Trap 31: what a judge could not judge is neither 0 nor a loss: the mean of 1, None, 3 is 2."""
-    zeros = torch.zeros(3, 2)
-    metrics = ppo.rollout_metrics(
-        rollout_of(torch.ones(3, 2), torch.ones(3)), torch.zeros(3), zeros, zeros, zeros, zeros, zeros,
-        np.array([1.0, math.nan, 3.0]), ppo.Accelerator(cpu=True),
-    )  # fmt: skip
-    assert metrics["gold"] == pytest.approx(2.0)
-
-
-def test_final_scores() -> None:
-    """1.5 from a response without an end is 0.5 after a penalty of 1; then the clip: -4 becomes -3."""
-    scores, ended = torch.tensor([1.5, 1.5, -3.0]), torch.tensor([1.0, 0.0, 0.0])
-    args = ppo.Args(missing_eos_penalty=1.0)
-    assert ppo.final_scores(scores, ended, args).tolist() == [1.5, 0.5, -4.0]
-    args = ppo.Args(missing_eos_penalty=1.0, score_clip=3.0)
-    assert ppo.final_scores(scores, ended, args).tolist() == [1.5, 0.5, -3.0]
-    assert ppo.final_scores(scores, ended, ppo.Args(missing_eos_penalty=0.0)).tolist() == [1.5, 1.5, -3.0]
+    tables = {name: torch.zeros(3, 2) for name in ("rewards", "log_ratio", "entropy", "error", "returns")}
+    golds = np.array([1.0, math.nan, 3.0])
+    assert means_of(torch.ones(3, 2), torch.ones(3), torch.zeros(3), golds, tables)["gold"] == 2.0
+    assert "gold" not in means_of(torch.ones(3, 2), torch.ones(3), torch.zeros(3), golds * math.nan, tables)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -276,15 +268,33 @@ def test_interval_covers_as_often_as_it_says(seed: int) -> None:
     assert ppo.interval(np.array([1.0, math.nan, 3.0]))[0] == 2.0
 
 
-def test_closing_table_by_hand() -> None:
+@pytest.mark.parametrize(("won", "n"), [(0, 1), (1, 1), (3, 10), (50, 100), (999, 1000)])
+def test_wilson_interval(won: int, n: int) -> None:
+    """Equal to scipy's; inside [0, 1] where the normal approximation leaves it."""
+    expected = stats.binomtest(won, n).proportion_ci(0.95, "wilson")
+    assert ppo.wilson_interval(won / n, n) == pytest.approx((expected.low, expected.high), abs=1e-6)
+
+
+def test_the_closing_report_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
     """Two wins, a tie and a loss: 0.625; a prompt that the judge declined is in no mean and in no win-rate."""
-    before = {"texts": ["a"] * 5, "gold": np.array([0.0, 1.0, 1.0, 2.0, math.nan]), "kl": np.zeros(5)}
-    after = {"texts": ["b"] * 5, "gold": np.array([1.0, 2.0, 1.0, 1.0, 5.0]), "kl": np.ones(5)}
-    lines = ppo.closing_table(before, after, "PPO", 3.0).splitlines()
-    assert lines[0].startswith("held-out prompts: 5")
-    row = {line[:28].strip(): line[28:].split() for line in lines[1:]}
-    assert row["gold utility"][0] == "1.000" and row["gold utility"][3] == "2.000"
-    assert row["gold win-rate over SFT"][0] == "0.625" and row["KL to reference, nats"][3] == "1.000"
+    written: list[dict] = []
+    run: Any = SimpleNamespace(stage="ppo", total_steps=7, add=lambda name, rows: written.extend(rows))
+    prompts = [{"prompt": f"prompt {i}", "columns": {"id": 100 + i}} for i in range(5)]
+    ended, length = np.array([1.0, 1.0, 1.0, 0.0, 0.0]), np.array([3, 4, 5, 6, 7])
+    shared = {"ended": ended, "length": length}
+    before = {"texts": ["a"] * 5, "gold": np.array([0.0, 1.0, 1.0, 2.0, math.nan]), "kl": np.zeros(5), **shared}
+    after = {"texts": ["b"] * 5, "gold": np.array([1.0, 2.0, 1.0, 1.0, 5.0]), "kl": np.ones(5), **shared}
+    table = ppo.report(run, prompts, before, after)
+    assert table["prompts"] == 5 and table["sft"]["gold"][0] == 1.0 and table["ppo"]["gold"][0] == 2.0
+    assert table["ppo"]["kl"] == [1.0, 1.0, 1.0] and table["sft"]["ended"] == list(ppo.wilson_interval(0.6, 5))
+    assert table["gold_win_rate"] == [0.625, *ppo.wilson_interval(0.625, 4)]
+    assert [row["model"] for row in written] == ["sft"] * 5 + ["ppo"] * 5
+    assert [row["finish_reason"] for row in written[:5]] == ["stop"] * 3 + ["length"] * 2
+    assert [row["id"] for row in written[5:]] == [100, 101, 102, 103, 104]
+    lines = capsys.readouterr().out.splitlines()
+    row = {line[:26].strip(): line[26:].split() for line in lines if len(line) > 40}
+    assert row["5 held-out prompts"] == ["SFT", "(reference)", "PPO", "(policy)"]
+    assert row["gold"][0] == "1.000" and row["gold"][3] == "2.000" and row["gold win-rate over SFT"][0] == "0.625"
 
 
 # ------------------------------------------------------------------------ KL estimators on a vocabulary of 5 tokens
@@ -385,13 +395,13 @@ def test_chunked_logprobs_equal_log_softmax(chunk_size: int, temperature: float,
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_trained_head_has_its_gradient(tied: bool) -> None:
-    """Where all weights train (sft.py --lora_r 0), response_logprobs gives the head the plain loss's gradient too."""
+    """Where all weights train (sft.py --lora_r 0), token_logprobs gives the head the plain loss's gradient too."""
     model = tiny_llama(40, 1, 0, tie_word_embeddings=tied)
     head, ids = model.get_output_embeddings().weight, [3, 5, 7, 9, 11, 2]
-    rows = sft.build_rows([[(ids, 0, 1, 1)]], [[(0, t - 1, t, ids[t]) for t in range(1, 6)]], 0, "cpu")
+    row = sft.flat_row([[0]], [ids[:1]], [ids[1:]], None, "cpu")
     table = model(torch.tensor([ids])).logits[0].log_softmax(-1)
     (expected,) = torch.autograd.grad(table[range(5), ids[1:]].sum(), head)
-    (found,) = torch.autograd.grad(sft.response_logprobs(model, rows)[0].sum(), head)
+    (found,) = torch.autograd.grad(sft.token_logprobs(model, row)[0].sum(), head)
     assert torch.allclose(found, expected, atol=1e-5) and found.abs().max() > 0.01
 
 
@@ -432,29 +442,6 @@ def test_longest_rows_come_first() -> None:
     assert sorted(ppo.batch_indices(0, lengths, 3, 0)) == [1, 4, 7]
     assert ppo.batch_indices(1, lengths, 3, 0) == ppo.batch_indices(1, lengths, 3, 0)
     assert any(ppo.batch_indices(s, lengths, 3, 0) != ppo.batch_indices(s, lengths, 3, 1) for s in range(1, 4))
-
-
-@pytest.mark.parametrize("n_minibatches", [1, 2, 4, 7])
-def test_passes_cover_the_batch_once_each_in_a_new_order(n_minibatches: int) -> None:
-    """Every minibatch once in each pass; the order is a function of (seed, step) and changes from pass to pass."""
-    minibatches: list = [[([i], None)] for i in range(n_minibatches)]
-    parts = [part[0][0][0] for part in ppo.passes(minibatches, 6, (0, 3))]
-    orders = [parts[i : i + n_minibatches] for i in range(0, len(parts), n_minibatches)]
-    assert len(orders) == 6 and all(sorted(order) == list(range(n_minibatches)) for order in orders)
-    assert parts == [part[0][0][0] for part in ppo.passes(minibatches, 6, (0, 3))]
-    assert n_minibatches == 1 or len({tuple(order) for order in orders}) > 1
-
-
-@pytest.mark.parametrize("eval_size", [0.3, 3])
-def test_hold_out_splits_by_prompt(eval_size: float) -> None:
-    """Trap 19: no prompt on both sides, whatever the order of the rows; the seed decides which."""
-    examples = [{"key": f"prompt {i % 10}", "n": i} for i in range(40)]
-    train, heldout = ppo.hold_out(examples, eval_size, 0)
-    keys = [{e["key"] for e in side} for side in (train, heldout)]
-    assert len(keys[1]) == 3 and not keys[0] & keys[1] and len(train) + len(heldout) == 40
-    assert {e["key"] for e in ppo.hold_out(examples[::-1], eval_size, 0)[1]} == keys[1]
-    other_seeds = [{e["key"] for e in ppo.hold_out(examples, eval_size, seed)[1]} for seed in range(1, 9)]
-    assert any(other != keys[1] for other in other_seeds)
 
 
 # -------------------------------------------------------------------------------------------------------- doctests

@@ -358,7 +358,7 @@ def make_init() -> None:
 # Stage -> command, run from the repository's root with the scripts' defaults.
 STAGES = {
     "base": "sft.py --lora_r 0 --model tiny/build/init --dataset tiny/build/corpus.jsonl --output_dir tiny/build/base"
-    " --learning_rate 4e-3 --epochs 3 --batch_size 64 --micro_batch_size 64 --eval_size 200",
+    " --learning_rate 4e-3 --epochs 3 --batch_size 64 --tokens_per_batch 512 --eval_size 200",
     "sft": "sft.py --output_dir tiny/build/sft",
     "reward": "reward.py --output_dir tiny/build/reward",
     "ppo": "ppo.py --output_dir tiny/build/ppo",
@@ -366,7 +366,7 @@ STAGES = {
 PUBLISHED = ("base", "sft", "reward")  # stages whose run folder is copied to tiny/
 PUBLISHED_FILES = (
     "config.json generation_config.json model.safetensors adapter_config.json adapter_model.safetensors reward.json "
-    "tokenizer.json tokenizer_config.json chat_template.jinja args.json report.json"
+    "tokenizer.json tokenizer_config.json chat_template.jinja args.json result.json"
 ).split()
 
 
@@ -396,7 +396,8 @@ def make_responses() -> None:
     """Write responses_sft.jsonl and responses_ppo.jsonl: what both models answer to the evaluation prompts."""
     rows = [json.loads(line) for line in (BUILD / "ppo" / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
     for model in ("sft", "ppo"):
-        kept = [{k: v for k, v in row.items() if k not in ("score", "gold")} for row in rows if row["model"] == model]
+        of_model = [row for row in rows if row["model"] == model]
+        kept = [{k: v for k, v in row.items() if k not in ("score", "gold", "step")} for row in of_model]
         (TINY / f"responses_{model}.jsonl").write_text(to_jsonl(kept), encoding="utf-8")
     shutil.copyfile(BUILD / "ppo" / "curves.png", TINY / "curves.png")
 
@@ -429,10 +430,10 @@ def measure() -> None:
     print(", ".join(f"{name} {weight:.2f}" for name, weight in zip(terms[0], weights, strict=True)))
 
 
-# Row of README's table -> command; the scripts' defaults, but online DPO draws as many samples as PPO does.
+# Row of README's table -> command, with the settings of tiny/.
 METHODS = {
     **{loss: f"dpo.py --loss {loss}" for loss in ("sigmoid", "ipo", "simpo", "orpo", "kto", "rdpo")},
-    "online sigmoid": "dpo.py --online --batch_size 128 --epochs 2.5",
+    "online dpo": "grpo.py --method online_dpo --reward_model tiny/reward",
     "ppo": "ppo.py",
 }
 
@@ -440,7 +441,7 @@ METHODS = {
 def method_figures(folder: Path) -> tuple[float, float, float, float]:
     """(gold, KL to the SFT model, tokens, gold win-rate over the SFT model) of a run on the evaluation prompts."""
     rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
-    before, after = [[row for row in rows if (row["model"] == "sft") is sft] for sft in (True, False)]
+    before, after = [[row for row in rows if row["model"] in names] for names in (("sft",), ("ppo", "dpo", "grpo"))]
     wins = [(a["gold"] > b["gold"]) + 0.5 * (a["gold"] == b["gold"]) for b, a in zip(before, after, strict=True)]
     kl = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["heldout_kl"]
     return mean([row["gold"] for row in after]), kl, mean([row["tokens"] for row in after]), mean(wins)
@@ -455,7 +456,7 @@ def compare() -> None:
         figures = []
         for seed in range(3):
             folder = BUILD / "compare" / f"{name.replace(' ', '_')}_{seed}"
-            if not (folder / "report.json").is_file():
+            if not (folder / "result.json").is_file():
                 shutil.rmtree(folder, ignore_errors=True)
                 line = [*command.split(), "--seed", str(seed), "--output_dir", str(folder)]
                 subprocess.run([sys.executable, *line], cwd=TINY.parent, check=True, stdout=subprocess.DEVNULL)
