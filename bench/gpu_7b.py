@@ -14,7 +14,7 @@ GiB, on one side, in a process of its own; its other flags are those that the pl
 
     ppo-10, ppo-12    16 rollouts per step in 10 and 12 GiB; ppo-24: 64 rollouts, in minibatches of 16, in 24 GiB
     dpo-*, grpo-*     likewise: 16, 16 and 64 pairs or responses
-    *-trl             TRL 1.16 with the same adapter, rows, batches, micro-batches, checkpointing and optimizer
+    *-trl             TRL 1.16 with the same adapter, rows, batches, checkpointing and optimizer, 4 examples a pass
     *-bf16            the base in bfloat16 instead of NF4, within all of this card
 
 PyTorch refuses ours what goes beyond the limit, less the plan's allowance for the CUDA context, so that a larger card
@@ -71,6 +71,7 @@ class Work(NamedTuple):
     gib: float  # limit
     quant: str = "nf4"
     side: str = "ours"
+    micro: int = 4  # TRL's examples a pass
 
 
 WORKS: dict[str, Work] = {}
@@ -123,13 +124,15 @@ def write_base(folder: Path, settings: dict, model: Any) -> None:
         shutil.rmtree(old, ignore_errors=True)
     temporary.mkdir()
     index: dict[str, str] = {}
+    block = torch.randn(min(1_000_003, total))
     for k, (_, group) in enumerate(groupby(model.named_parameters(), lambda item: item[0].split(".")[:3])):
         tensors = {name: torch.empty(p.shape, dtype=torch.bfloat16) for name, p in group}
         for name, x in tensors.items():
             if x.ndim == 1:
                 x.fill_(name.endswith("norm.weight"))
-            else:
-                x.normal_(std=0.002 if len(x) == settings["vocab_size"] else 0.02)
+            else:  # one block, repeated: 15 GB of random numbers would take minutes
+                part = (block * (0.002 if len(x) == settings["vocab_size"] else 0.02)).to(torch.bfloat16)
+                x.view(-1).copy_(part.repeat(-(-x.numel() // len(part)))[: x.numel()])
         index |= dict.fromkeys(tensors, f"model-{k:05d}.safetensors")
         save_file(tensors, temporary / f"model-{k:05d}.safetensors", {"format": "pt"})
     whole = {"metadata": {"total_size": total}, "weight_map": index}
@@ -303,6 +306,16 @@ class Meter:
 
         return measured
 
+    def after(self, phase: str, function: Callable) -> Callable:
+        """`function`, with which the phase `phase` begins."""
+
+        def measured(*given: Any, **named: Any) -> Any:
+            result = function(*given, **named)
+            self.switch(phase)
+            return result
+
+        return measured
+
     def end(self, seconds: float | None = None) -> None:
         """A step ends; it took `seconds`, or all the time since the one before."""
         self.switch(self.phase)
@@ -329,29 +342,29 @@ def load_script(name: str) -> Any:
 def run_ours(spec: dict, flags: Any, meter: Meter) -> float:
     """This repository's script, its functions as phases with the plan's names; returns seconds to add to a step."""
     script, folder = load_script(spec["stage"]), Path(spec["folder"])
-    plain_sample, plain_log = script.sample, script.log_step
+    plain_log = script.Run.log
+
+    def log(run: Any, metrics: dict, timing: dict) -> None:
+        meter.switch("other")
+        meter.end(timing["seconds"])
+        plain_log(run, metrics, timing)
 
     def role_pass(model: Any, who: str, *rest: Any) -> str:
         return "evaluation: log-probs" if meter.phase == "evaluation" else f"scores: {who}"
 
-    def sample(*given: Any) -> Any:
-        return plain_sample(*given[:6], [-1], *given[7:])  # no token ends a response
-
-    def log_step(out: Path, metrics: dict, timing: dict, accelerator: Any) -> None:
-        meter.end(timing["seconds"])
-        plain_log(out, metrics, timing, accelerator)
-
-    script.sample, script.log_step = sample, log_step
+    if hasattr(script, "sample"):
+        plain_sample = script.sample
+        script.sample = lambda *given: plain_sample(*given[:6], [-1], *given[7:])  # no token ends a response
+    script.Run.log = log
     phases: dict[str, Any] = {
         "load_base": "load", "evaluate": "evaluation", "role_logprobs": role_pass, "preflight": "scores: policy",
-        "role_values": "scores: reward, critic", "score_responses": lambda *_: role_pass(None, "reward, critic"),
-        "policy_backward": "update: policy", "critic_backward": "update: critic", "group_backward": "update: policy",
-        "preference_pass": lambda *_, grad: "update: policy" if grad else "evaluation",
-        "cached_logprobs": "reference's log-probs",
+        "score": lambda *_: role_pass(None, "reward, critic"), "reference_logprobs": "reference's log-probs",
         "sample": lambda *given: f"{'evaluation' if given[8][1] else 'rollout'}: prefill",  # key: seed, stream, step
     }  # fmt: skip
     for name in filter(lambda name: hasattr(script, name), phases):
         setattr(script, name, meter.within(phases[name], getattr(script, name)))
+    last = {"ppo": "masked_whiten", "grpo": "response_advantages", "dpo": "batch_indices"}[spec["stage"]]
+    setattr(script, last, meter.after("update: policy", getattr(script, last)))  # what main does next are the updates
     train, n_heldout = write_rows(spec, flags)
     for name in ("run", "cache"):
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -376,6 +389,7 @@ def run_trl(spec: dict, flags: Any, meter: Meter) -> float:
     """TRL's trainer on the same rows; returns seconds to add to a step."""
     datasets, transformers, trl = (importlib.import_module(name) for name in ("datasets", "transformers", "trl"))
     rows, _ = write_rows(spec, flags)
+    micro = spec["micro"] if spec["stage"] == "dpo" else flags.samples_per_prompt
     kind, generation, more = "DPO", transformers.GenerationMixin, {}
     own: dict[str, Any] = {"max_length": None}
     if spec["stage"] == "dpo":
@@ -388,8 +402,8 @@ def run_trl(spec: dict, flags: Any, meter: Meter) -> float:
                "generation_kwargs": {"min_new_tokens": flags.max_response_length}}  # fmt: skip
         generation.generate = meter.within("rollout: prefill", generation.generate)
     config = getattr(trl, f"{kind}Config")(
-        output_dir=str(Path(spec["folder"], "run")), per_device_train_batch_size=flags.micro_batch_size,
-        gradient_accumulation_steps=flags.batch_size // flags.micro_batch_size, max_steps=spec["steps"] + 1,
+        output_dir=str(Path(spec["folder"], "run")), per_device_train_batch_size=micro,
+        gradient_accumulation_steps=flags.batch_size // micro, max_steps=spec["steps"] + 1,
         learning_rate=flags.learning_rate, bf16=True, use_cpu=not meter.gpu,
         gradient_checkpointing=flags.gradient_checkpointing, optim="paged_adamw_8bit" if meter.gpu else "adamw_torch",
         logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, **own,
@@ -408,7 +422,7 @@ def run_work(file: Path) -> None:
     """Run the work in `file`; what was measured is added to it. Out of memory is a result."""
     spec = json.loads(file.read_text())
     (flags,) = HfArgumentParser(load_script(spec["stage"]).Args).parse_args_into_dataclasses(spec["flags"])
-    meter = Meter(flags.samples_per_prompt)
+    meter = Meter(getattr(flags, "samples_per_prompt", 1))
     if meter.gpu and spec["side"] == "ours":
         total = torch.cuda.get_device_properties(0).total_memory
         limit = spec["gib"] * GIB - spec["plan"]["allowances"]["context"]

@@ -86,8 +86,8 @@ class Args:
     layers: int = arg(10, "of the Llama")
     key_value_heads: int = arg(0, "of the Llama, whose query heads have 64 dimensions; 0: as many as those")
     batch_size: int = arg(0, "examples per step; 0: the stage's own")
-    micro_batch_size: int = arg(8, "examples per forward pass, on both sides")
-    tokens_per_micro_batch: int = arg(0, "bound ours' passes by tokens, not by --micro_batch_size (sft to dpo); 0: no")
+    micro_batch_size: int = arg(8, "examples per forward pass of the peer")
+    tokens_per_batch: int = arg(2048, "tokens per flat row of ours")
     steps: int = arg(0, "measured steps per turn; 0: as many as take less than ten minutes")
     turns: int = arg(0, "timed turns of each side; 0: as many as take less than ten minutes")
     samples_per_prompt: int = arg(8, "G of grpo, rloo and ppo")
@@ -429,47 +429,47 @@ def run_ours(args: Args, folder: Path) -> dict:
     measured, last = 0 if args.count else args.steps, args.stage not in LEARNING_RATES  # they evaluate in a last step
     n_steps = 1 + measured + last
     batches, heads = [], []
-    plain_batch, plain_log = script.batch_indices, script.log_step
-    plain_optimizer, plain_rows, plain_encode = script.make_optimizer, script.build_rows, script.encode_rows
+    plain_batch, plain_log, plain_row = script.batch_indices, script.Run.log, script.flat_row
+    plain_optimizer, plain_examples = script.make_optimizer, script.load_examples
 
     def batch_indices(*given: Any) -> list[int]:
         meter.begin()
         batches.append(plain_batch(*given))
         return batches[-1]
 
-    def build_rows(rows: list, spots: list, *given: Any, **named: Any) -> Any:
-        meter.counted += sum(map(len, spots)) * meter.measuring()
-        return plain_rows(rows, spots, *given, **named)
+    def flat_row(*given: Any) -> Any:
+        row = plain_row(*given)
+        meter.counted += len(row.targets) * meter.measuring()
+        return row
 
-    def encode_rows(source: str, *given: Any) -> list:
-        examples = plain_encode(source, *given)
+    def load_examples(source: str, *given: Any) -> Any:
+        examples = plain_examples(source, *given)
         if len(examples) != len(Path(source).read_text(encoding="utf-8").splitlines()):
             raise UserError(f"{source}: {len(examples)} examples; the peer would see more rows")
         return examples
 
-    def log_step(out: Path, metrics: dict, timing: dict, accelerator: Any) -> None:
+    def log(run: Any, metrics: dict, timing: dict) -> None:
         meter.end(metrics.get("loss", metrics.get("policy_loss")))
-        plain_log(out, metrics, timing, accelerator)
+        plain_log(run, metrics, timing)
 
-    def make_optimizer(parameters: list, *given: Any) -> Any:
-        heads.append(parameters[-1].detach().clone())
-        return plain_optimizer(parameters, *given)
+    def make_optimizer(weights: list, *given: Any) -> Any:
+        heads.append(weights[-1].detach().clone())
+        return plain_optimizer(weights, *given)
 
-    script.batch_indices, script.log_step = batch_indices, log_step
-    script.make_optimizer, script.build_rows, script.encode_rows = make_optimizer, build_rows, encode_rows
+    script.batch_indices, script.Run.log, script.flat_row = batch_indices, log, flat_row
+    script.make_optimizer, script.load_examples = make_optimizer, load_examples
     if hasattr(script, "sample"):
         script.sample, script.evaluate = meter.around(script.sample), meter.aside(script.evaluate)
     if args.stage == "dpo":
         shutil.rmtree(folder / "cache", ignore_errors=True)  # every turn computes the reference
-        script.cached_logprobs = timed(script.cached_logprobs, extra)
+        script.reference_logprobs = timed(script.reference_logprobs, extra)
     if args.stage in DATA_STAGES:
-        settings[args.stage] |= {"max_response_length": 1024, "tokens_per_micro_batch": args.tokens_per_micro_batch}
-    n_micro = args.batch_size if args.stage in DATA_STAGES and args.tokens_per_micro_batch else args.micro_batch_size
+        settings[args.stage] |= {"max_response_length": 1024}
     flags = {
         "model": str(folder / "start"), "dataset": str(folder / "train.jsonl"), "output_dir": str(folder / "run"),
         "max_prompt_length": 1024,
         "eval_dataset": str(folder / "heldout.jsonl"), "batch_size": args.batch_size,
-        "micro_batch_size": n_micro, "max_steps": n_steps, "epochs": 9.0,
+        "tokens_per_batch": args.tokens_per_batch, "max_steps": n_steps, "epochs": 9.0, "save_every": 10**6,
         "learning_rate": args.learning_rate,
         "warmup_ratio": 0.0, "gradient_checkpointing": False,
     }  # fmt: skip

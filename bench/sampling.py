@@ -3,12 +3,12 @@
 # dependencies = ["torch==2.13.0", "transformers==5.23.0", "datasets==5.2.0", "bitsandbytes==0.50.2", "peft==0.21.2",
 #     "accelerate==1.15.0", "safetensors", "numpy"]
 # ///
-"""The sampler of grpo.py, ppo.py and dpo.py against those of transformers, in turns, on bench/run.py's GRPO work.
+"""The sampler of grpo.py and ppo.py against those of transformers, in turns, on bench/run.py's GRPO work.
 
     python bench/sampling.py
 
-    ours         prompts once, responses side by side in shared rows, rows leave and are refilled
-    half         ours with room for half of the responses: the others wait and take the places of those that ended
+    ours         prompts once, responses side by side in shared rows, what has ended leaves
+    fixed        ours with steps of fixed shapes, as a CUDA graph replays them; nothing leaves
     copied       ours, but keys and values copied for every query head, as transformers does (see --key_value_heads)
     generate     transformers' generate on all responses, the cache repeated, no row leaves
     static       generate with a static cache; compiled where transformers compiles by itself (not on a CPU)
@@ -18,7 +18,6 @@ The same prompts, model, adapter, temperature 1, end token and longest length; e
 what counts is seconds and seconds per token. Turns are A B C ... A B C ... in one process.
 """
 
-import contextlib
 import json
 import statistics
 import sys
@@ -34,7 +33,7 @@ from run import ROOT, SHARED, UserError, arg, prepare, run_cli
 from run import Args as RunArgs
 from transformers import AutoTokenizer, GenerationConfig
 
-NAMES = ("ours", "half", "copied", "generate", "static", "continuous")
+NAMES = ("ours", "fixed", "copied", "generate", "static", "continuous")
 
 
 @dataclass
@@ -57,22 +56,21 @@ def make_samplers(folder: Path, prompts: list[list[int]], eos: int, pad: int) ->
     sys.path.insert(0, str(ROOT))
     import grpo
 
-    args = grpo.Args(model=str(folder / "start"))
-    grpo.settle_method(args, 1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, _, _, adapter, _ = grpo.load_model(args, device)
+    args = grpo.Args(model=str(folder / "start"))
+    model, _, _, adapter = grpo.load_model(args, device)
     model = grpo.add_adapter(model, "policy", adapter, args)
     width = max(map(len, prompts))
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
     seen = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
 
-    def ours(turn: int, longest: int, room: int = 8 * len(prompts)) -> int:
+    def ours(turn: int, longest: int, static: bool = False) -> int:
         names, key = list(range(len(prompts))), (0, 0, turn)
-        responses, _ = grpo.sample(model, prompts, names, 8, longest, 1.0, [eos], room, key)
+        responses, _ = grpo.sample(model, prompts, names, 8, longest, 1.0, [eos], 8 * len(prompts), key, static)
         return sum(map(len, responses))
 
     def copied(turn: int, longest: int) -> int:
-        with mock.patch.object(grpo, "grouped_heads", contextlib.nullcontext):
+        with mock.patch.object(grpo, "grouped_attention", grpo.sdpa_attention_forward):
             return ours(turn, longest)
 
     def config(longest: int, **more: Any) -> GenerationConfig:
@@ -102,7 +100,7 @@ def make_samplers(folder: Path, prompts: list[list[int]], eos: int, pad: int) ->
 
     samplers = {
         "ours": ours,
-        "half": lambda turn, longest: ours(turn, longest, 4 * len(prompts)),
+        "fixed": lambda turn, longest: ours(turn, longest, True),
         "copied": copied,
         "generate": generate,
         "static": lambda turn, longest: generate(turn, longest, cache_implementation="static"),

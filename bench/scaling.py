@@ -32,7 +32,7 @@ class Args:
     steps: int = arg(2, "measured steps of each size")
     hidden_size: int = arg(384, "of the Llama")
     layers: int = arg(10, "of the Llama")
-    micro_batch_size: int = arg(8, "responses per forward pass")
+    tokens_per_batch: int = arg(2048, "tokens per flat row")
     threads: int = arg(0, "torch threads; 0: torch's choice")
     pairs: str = arg(str(SHARED / "data" / "hh_rlhf"), "folder of .jsonl files with chosen and rejected dialogues")
     tokenizer: str = arg(str(SHARED / "tokenizers" / "phi3-mini"), "tokenizer: hub id or local path")

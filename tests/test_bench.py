@@ -8,10 +8,9 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT, shared_or_skip
@@ -37,7 +36,8 @@ def small(folder: Path, **flags: Any) -> Any:
     """Args of a comparison that takes seconds: tiny's tokenizer and preferences, a model of two layers."""
     given = {
         "pairs": str(ROOT / "tiny" / "preferences.jsonl"), "tokenizer": str(ROOT / "tiny" / "base"), "hidden_size": 64,
-        "layers": 2, "steps": 1, "turns": 1, "batch_size": 16, "micro_batch_size": 4, "samples_per_prompt": 4,
+        "layers": 2, "steps": 1, "turns": 1, "batch_size": 16, "micro_batch_size": 4, "tokens_per_batch": 256,
+        "samples_per_prompt": 4,
         "max_response_length": 12, "ppo_epochs": 2, "threads": 1, "output_dir": str(folder),
     }  # fmt: skip
     return bench.Args(**{**given, **flags})
@@ -66,32 +66,26 @@ def test_the_work_on_hh_rlhf() -> None:
         bench.read_pairs(folder, tokenizer, 10**6, 384)
 
 
-def test_packed_rows_hold_little_padding() -> None:
-    """512 hh-rlhf pairs, eight to a micro-batch: columns of packed rows, of a row a pair, and padded as TRL's.
-
-    For a token there are at most 1.07, over 1.8 and over 3 columns, as bench/README.md says.
-    """
+def test_flat_rows_hold_no_padding() -> None:
+    """512 hh-rlhf pairs, sixteen to a batch: a flat row has its tokens and nothing else, prompts once per pair; padded
+    rows of eight, as TRL's, over three columns for each token."""
     folder, tokens = shared_or_skip("data", "hh_rlhf"), shared_or_skip("tokenizers", "phi3-mini")
     tokenizer = AutoTokenizer.from_pretrained(tokens)
     tokenizer.chat_template = bench.TEMPLATE
-    config, counts = LlamaConfig(hidden_size=384), np.zeros(4, dtype=int)
-    groups = []
+    model = SimpleNamespace(config=LlamaConfig(hidden_size=384), device=torch.device("cpu"))
+    how: dict[str, Any] = {"max_prompt_length": 1024, "max_response_length": 1024, "tokenizer": tokenizer}
+    examples = []
     for pair in bench.read_pairs(folder, tokenizer, 512, 384):
-        texts = [pair["chosen"], pair["rejected"]]
-        responses = [
-            reward.encode_response(tokenizer, pair["prompt"], text, [tokenizer.eos_token_id]) for text in texts
-        ]
-        groups.append((reward.encode_prompt(tokenizer, pair["prompt"]), responses))
-    batches = [groups[i : i + 16] for i in range(0, 512, 16)]
-    args = reward.Args(micro_batch_size=8)
-    parts = [[batch[i] for i in part] for batch in batches for part in reward.group_batches(batch, config, args)]
-    for some in parts:
-        widths = reward.row_width(some, config), 1, 0
-        layouts = [reward.lay_out(some, width, 0, torch.device("cpu")) for width in widths]
-        counts += [int((layouts[0].group > 0).sum()), *(rows.input_ids.numel() for rows in layouts)]
-    real, packed, alone, padded = counts.tolist()
-    assert real == sum(len(prompt) + sum(map(len, ys)) for prompt, ys in groups)
-    assert real <= packed < 1.07 * real and alone > 1.8 * real and padded > 3 * real
+        examples += reward.encode_preference(pair, stop_ids=[tokenizer.eos_token_id], **how)
+    flat = padded = 0
+    for i in range(0, 512, 16):
+        batch, args = examples[i : i + 16], SimpleNamespace(tokens_per_batch=1024)
+        passes = reward.preference_passes(batch, model, args)
+        assert sum(len(some) for some, _ in passes) == 16
+        flat += sum(len(row.ids) for _, rows in passes for row in rows)
+        for some in (batch[:8], batch[8:]):
+            padded += 16 * max(len(e["group"][0]) + len(y) for e in some for y in e["group"][1])
+    assert flat == sum(e["length"] for e in examples) and padded > 3 * flat
 
 
 def test_responses_end_with_probability_one_in_fifty(tmp_path: Path) -> None:

@@ -176,10 +176,12 @@ def test_texts_have_the_length(tokenizer: Any) -> None:
     """By dpo.py's own count: prompts, and responses with their end token; an impossible length is one line."""
     for n in (16, 40):
         prompts = gpu_7b.random_texts(tokenizer, n, 5, True)
-        assert len(set(prompts)) == 5 and {len(dpo.encode_prompt(tokenizer, p)) for p in prompts} == {n}
+        asked = [[{"role": "user", "content": p}] for p in prompts]
+        assert len(set(prompts)) == 5 and {len(dpo.encode_prompt(tokenizer, p)) for p in asked} == {n}
         for answer in gpu_7b.random_texts(tokenizer, n, 5, False):
-            ids = dpo.encode_response(tokenizer, prompts[0], answer, [tokenizer.eos_token_id])
-            assert len(ids) == n and ids[-1] == tokenizer.eos_token_id
+            talk = [*asked[0], {"role": "assistant", "content": answer}]
+            ((ids, mask),) = dpo.encode_conversation(tokenizer, talk, [tokenizer.eos_token_id])
+            assert sum(mask) == n and ids[-1] == tokenizer.eos_token_id
     with pytest.raises(gpu_7b.UserError, match="no texts of 1 tokens"):
         gpu_7b.random_texts(tokenizer, 1, 5, True)
 
