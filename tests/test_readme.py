@@ -11,7 +11,8 @@ import dpo
 import grpo
 
 ROOT = Path(__file__).resolve().parents[1]
-READMES = [ROOT / "README.md", ROOT / "tiny" / "README.md"]
+READMES = [ROOT / "README.md", ROOT / "tiny" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+STAGE_SCRIPTS = ("sft.py", "reward.py", "ppo.py", "dpo.py", "grpo.py")
 
 
 def flags_of(script: Path) -> set[str]:
@@ -23,19 +24,19 @@ def flags_of(script: Path) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("readme", READMES, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_commands_name_existing_scripts_and_flags(readme: Path) -> None:
     text = readme.read_text().replace("\\\n", " ")
     commands = re.findall(r"python ((?:\w+/)?\w+\.py)([^`\n&#|]*)", text)
-    assert commands
+    commands += re.findall(r"`(grpo\.py|dpo\.py|ppo\.py)( [^`]*)`", text)
     for script, rest in commands:
         assert (ROOT / script).is_file(), script
         asked = set(re.findall(r"--(\w+)", rest))
-        if script in ("sft.py", "reward.py", "ppo.py", "dpo.py", "grpo.py"):
+        if script in STAGE_SCRIPTS:
             assert asked <= flags_of(ROOT / script) | {"help"}, f"{script}: {asked - flags_of(ROOT / script)}"
 
 
-@pytest.mark.parametrize("readme", READMES, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_links_resolve_and_nothing_is_left_to_fill_in(readme: Path) -> None:
     text = readme.read_text()
     for target in re.findall(r"\]\(([^)#]+)\)", text):
@@ -60,14 +61,16 @@ def test_the_sizes_are_those_of_the_files() -> None:
 
 def test_the_table_of_losses_is_that_of_the_code() -> None:
     """Every loss of dpo.py with its data, its use of the reference and its default beta."""
-    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|.*\| (yes|no) \| (\w+) \| ([\d.]+)", READMES[0].read_text(), re.M)
+    text = (ROOT / "docs" / "dpo.md").read_text()
+    rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|.*\| (yes|no) \| (\w+) \| ([\d.]+)", text, re.M)
     table = {name: (data, ref == "yes", float(beta)) for names, ref, data, beta in rows for name in names_in(names)}
     assert table == {name: (loss.data, loss.reference, loss.beta) for name, loss in dpo.LOSSES.items()}
 
 
 def test_the_table_of_methods_is_that_of_the_code() -> None:
     """Every method of grpo.py with its aggregation, ratio, clip range and KL term."""
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in READMES[0].read_text().splitlines()]
+    lines = (ROOT / "docs" / "grpo.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     table = {names_in(row[0])[0]: row for row in cells if len(row) == 8 and names_in(row[0])}
     assert table.keys() == grpo.METHODS.keys()
     aggregations = {"response": "responses", "token": "tokens", "constant": "a constant"}
@@ -81,6 +84,32 @@ def test_the_table_of_methods_is_that_of_the_code() -> None:
             assert [float(x) for x in clip.split(", ")] == [method.clip_low, method.clip_high], name
         else:
             assert float(clip.split()[-1]) == 1 + method.clip_high, name
+
+
+def test_the_table_of_pair_methods_is_that_of_the_code() -> None:
+    """Every pair method of grpo.py with its default beta."""
+    text = (ROOT / "docs" / "grpo.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| [^|]* \| ([\d.]+)[^|]*\| [^|]*\|$", text, re.M)
+    assert {name: float(beta) for name, beta in rows} == grpo.PAIR_METHODS
+
+
+def test_readme_is_short() -> None:
+    """A front door: who needs more finds it behind a link."""
+    assert len(READMES[0].read_text().splitlines()) <= 130 and len(READMES[0].read_text().split()) <= 1100
+
+
+def test_learning_rates_are_those_of_a_real_model() -> None:
+    """The defaults are for 7B, and tiny/ has its own, which would be 10 to 100 times too much for such a model."""
+    rates = {path.stem: float(default_of(path, "learning_rate")) for path in SCRIPTS}
+    assert rates == {"sft": 2e-4, "reward": 1e-4, "dpo": 1e-5, "ppo": 2e-5, "grpo": 2e-5}
+    assert all(int(default_of(path, "save_every")) > 0 for path in SCRIPTS)
+
+
+def default_of(script: Path, flag: str) -> str:
+    """The source of a flag's default value."""
+    match = re.search(rf"^    {flag}: [^=]*= arg\(\s*([^,]+),", script.read_text(), re.M)
+    assert match, f"{script.name} has no --{flag}"
+    return match[1]
 
 
 def names_in(cell: str) -> list[str]:
