@@ -433,7 +433,7 @@ def measure() -> None:
 # Row of README's table -> command, with the settings of tiny/.
 METHODS = {
     **{loss: f"dpo.py --loss {loss}" for loss in ("sigmoid", "ipo", "simpo", "orpo", "kto", "rdpo")},
-    "online dpo": "grpo.py --method online_dpo --reward_model tiny/reward",
+    "online dpo": "grpo.py --method online_dpo --reward_model tiny/reward --missing_eos_penalty 1",
     "ppo": "ppo.py",
 }
 
