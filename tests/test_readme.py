@@ -2,9 +2,12 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from conftest import shared_or_skip
 from test_same_code import SCRIPTS, code_lines, own_lines
 
 import dpo
@@ -115,3 +118,20 @@ def default_of(script: Path, flag: str) -> str:
 def names_in(cell: str) -> list[str]:
     """The names in backticks of a table's cell."""
     return re.findall(r"`(\w+)`", cell)
+
+
+@pytest.mark.slow
+def test_the_commands_for_7b_fit_the_card_that_readme_names() -> None:
+    """tools/plan.py says of each command on real models what README says: it fits a card of 24 GiB."""
+    config = shared_or_skip("configs", "Qwen2.5-7B.json")
+    text = READMES[0].read_text()
+    assert "each on a card of 24" in text
+    commands = re.findall(r"^    python (\w+)\.py +--model (?:Qwen|runs)([^\n]*)", text, re.M)
+    assert len(commands) == 5
+    for stage, rest in commands:
+        flags = re.findall(r"--(?:max_[pr]|batch_|samples_|sample_|minibatches|tokens_)\w* \S+", rest)
+        line = [sys.executable, str(ROOT / "tools" / "plan.py"), stage, "--model", str(config), "--quant", "nf4"]
+        line += ["--dtype", "bfloat16", "--gpu_gb", "24", *" ".join(flags).split()]
+        done = subprocess.run(line, capture_output=True, text=True, check=True)
+        (gib,) = re.findall(r"^on a card: ([\d.]+) GiB", done.stdout, re.M)
+        assert float(gib) < (16 if stage in ("ppo", "grpo") else 10), stage
