@@ -308,6 +308,7 @@ def quantise(model: Any, dtype: torch.dtype) -> None:
 def build_model(run: Run, n_layers: int) -> Any:
     """Base and adapters of all roles, on the meta device."""
     model = build_base(run.config, n_layers, run.flags.quant, run.dtype)
+    model.own_attention = model.config._attn_implementation
     if run.flags.gradient_checkpointing:
         again = {"context_fn": lambda: (nullcontext(), autocast(run))}  # where backward computes a layer again
         model.gradient_checkpointing_enable({"use_reentrant": False, **again})
@@ -420,7 +421,7 @@ def trace_pass(run: Run, size: Size, flex: bool, who: str, kind: str, n_layers: 
     are there already, and up to backward what the loss before still holds: checkpointing keeps its mask.
     """
     model, script, flags, grad = build_model(run, n_layers), run.script, run.flags, kind != "score"
-    model.set_attn_implementation("flex_attention" if flex else "sdpa")
+    model.set_attn_implementation("flex_attention" if flex else model.own_attention)
     forward, head, peaks = script.hidden_states, nn.Linear(run.config.hidden_size, 1, device=META), []
     left: Bytes = Counter()
 
@@ -465,7 +466,7 @@ def trace_sampling(run: Run, n_prompts: int, g: int, n_layers: int) -> tuple[Byt
     """(prefill, decode) of the script's `sample`, n_prompts x g responses. A CUDA graph keeps the peak of a step while
     it lives, which PyTorch's figures leave out."""
     model, script = build_model(run, n_layers), run.script
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation(model.own_attention)
     capture, peaks = script.capture_step, []
 
     class Layer(script.RoomyLayer):  # type: ignore[misc, name-defined]
@@ -500,11 +501,12 @@ def trace_sampling(run: Run, n_prompts: int, g: int, n_layers: int) -> tuple[Byt
 @functools.cache
 def trace_generate(run: Run, n: int, n_layers: int) -> tuple[Bytes, Bytes]:
     """(prefill, decode) of n responses by transformers' generate, or by `sample` where responses share no row."""
-    from transformers import DynamicCache, DynamicLayer
+    from transformers import DynamicCache
 
-    adapted, cache = build_model(run, n_layers), DynamicCache()
-    adapted.set_attn_implementation("sdpa")
+    adapted = build_model(run, n_layers)
+    adapted.set_attn_implementation(adapted.own_attention)
     model = adapted.get_base_model() if run.roles else adapted
+    cache: Any = DynamicCache(config=model.config)
 
     def forward(new: int, columns: int) -> Bytes:
         ids, real = zeros(n, new), zeros(n, columns)
@@ -514,14 +516,15 @@ def trace_generate(run: Run, n: int, n_layers: int) -> tuple[Bytes, Bytes]:
         return tracker.take_peak()
 
     with run.script.role(adapted, "policy"), traced(run) as tracker:
-        with mock.patch.object(DynamicLayer, "update", tracker.tagged("KV cache", DynamicLayer.update)):
-            prefill, room = forward(run.prompt, run.prompt), max(run.response - 2, 0)
-            layers: Any = cache.layers
-            for layer in layers:
-                grow = tracker.tagged("KV cache", functional.pad)
-                layer.keys, layer.values = (grow(x, (0, 0, 0, room)) for x in (layer.keys, layer.values))
-            tracker.take_peak()
-            return prefill, forward(1, run.prompt + room + 1)
+        cache.update = tracker.tagged("KV cache", cache.update)
+        prefill, last = forward(run.prompt, run.prompt), run.prompt + run.response - 1
+        for layer in [layer for layer in cache.layers if hasattr(layer, "keys")]:  # linear attention keeps no keys
+            window = getattr(layer, "sliding_window", None)
+            size = [n, layer.keys.shape[1], min(last, window - 1) if window else last, layer.keys.shape[3]]
+            make, layer.cumulative_length = tracker.tagged("KV cache", layer.keys.new_zeros), last
+            layer.keys, layer.values = make(size), make([*size[:3], layer.values.shape[3]])
+        tracker.take_peak()
+        return prefill, forward(1, last + 1)
 
 
 # ---------------------------------------------------------------------------------------------------------- phases
