@@ -144,8 +144,6 @@ class Autocast(TorchFunctionMode):
     PRODUCTS = (functional.linear, torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.is_autocast_enabled:
-            return True
         if func in self.PRODUCTS:
             args = tree_map_only(Tensor, lambda x: x.bfloat16() if x.dtype == torch.float32 else x, args)
         return func(*args, **(kwargs or {}))
@@ -321,9 +319,12 @@ def build_model(run: Run, n_layers: int) -> Any:
     return model
 
 
-def autocast(run: Run) -> Any:
-    """The context in which hidden_states runs the model."""
-    return Autocast() if run.gpu and run.dtype == torch.bfloat16 else nullcontext()
+@contextmanager
+def autocast(run: Run) -> Iterator[None]:
+    """The context in which hidden_states runs the model; PEFT asks for it before it casts what LoRA multiplies."""
+    half = run.gpu and run.dtype == torch.bfloat16
+    with Autocast() if half else nullcontext(), mock.patch("torch.is_autocast_enabled", lambda *of: half and not of):
+        yield
 
 
 def by_depth(run: Run, measure: Callable[[int], Bytes]) -> Bytes:
