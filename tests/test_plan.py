@@ -301,6 +301,22 @@ def test_real_configurations() -> None:
         assert plan.sampling_phases(run, 8)["rollout: decode"]["KV cache"] == cache * (512 + 8 * 8)
 
 
+MEASURED = [("dpo", 7680, 9.37), ("dpo", 12288, 11.4), ("dpo", 24576, 17.2), ("ppo", 5120, 8.69)]
+
+
+@pytest.mark.parametrize(
+    "stage, tokens, gib", [MEASURED[0], *(pytest.param(*x, marks=pytest.mark.slow) for x in MEASURED[1:])]
+)
+def test_what_a_gpu_measured(stage: str, tokens: int, gib: float) -> None:
+    """Peaks on an H100 (docs/gpu.md): Qwen2.5-7B's shape in NF4, LoRA in bfloat16, 16 pairs or responses."""
+    config, script = shared_or_skip("configs") / "Qwen2.5-7B.json", plan.load_script(stage)
+    more: dict[str, Any] = {"eval_samples": 0} if stage == "dpo" else {"sample_batch_size": 16, "minibatches": 1}
+    flags = {"max_response_length": 512, "batch_size": 16, "tokens_per_batch": tokens, **more}
+    run = plan.describe_run(stage, script, script.Args(model=str(config), **flags), plan.PlanArgs())
+    phases = plan.training_phases(run, tokens)
+    assert abs(phases["update: policy"].total() / plan.GIB / gib - 1) < 0.05
+
+
 def test_masks_take_the_square_of_a_row(model_folder: Callable[[str], Path]) -> None:
     """A dense mask is N x N numbers; for a small BlockMask the rule is evaluated on N x N booleans, four at once."""
     script, n = plan.load_script("sft"), 4096
