@@ -41,6 +41,7 @@ timing.jsonl, samples.jsonl (held-out responses before and after), curves.png, r
 import contextlib
 import hashlib
 import importlib.util
+import io
 import json
 import logging
 import math
@@ -52,6 +53,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -121,14 +123,10 @@ class Args:
     template_kwargs: str | None = arg(None, 'variables of the chat template, as JSON: {"enable_thinking": false}')
     lora_r: int | None = arg(None, "LoRA rank; default: the loaded adapter's, else 16; 0 trains all weights (sft only)")
     lora_alpha: float | None = arg(None, "LoRA scale numerator; default: the loaded adapter's, else 2 * rank")
-    lora_target_modules: list[str] | None = arg(
-        None, "layers with LoRA; default: the loaded adapter's, else all linear"
-    )
+    lora_target_modules: list[str] | None = arg(None, "layers with LoRA; default: the adapter's, else all linear")
     gradient_checkpointing: bool | None = arg(None, "recompute activations in backward; default: on a GPU")
     # data
-    dataset: str = arg(
-        str(TINY / "preferences.jsonl"), "training data: hub id, .jsonl, .json, .csv or .parquet file, folder"
-    )
+    dataset: str = arg(str(TINY / "preferences.jsonl"), "training data: hub id, folder, .jsonl .json .csv .parquet")
     dataset_split: str = arg("train", "split of a hub dataset")
     dataset_config: str | None = arg(None, "configuration of a hub dataset that has several")
     columns: str | None = arg(None, "columns that have other names: prompt=question,completion=answer")
@@ -160,9 +158,7 @@ class Args:
     weight_decay: float = arg(0.0, "AdamW weight decay")
     max_grad_norm: float = arg(1.0, "gradients longer than this are scaled down to it")
     batch_size: int = arg(32, "per step: examples; reward, dpo: prompts with their responses; RL: responses")
-    tokens_per_batch: int | None = arg(
-        None, "tokens per flat row: memory, not the result; default: 1024, 4096 on a GPU"
-    )
+    tokens_per_batch: int | None = arg(None, "tokens per flat row: memory only; default: 1024, 4096 on a GPU")
     epochs: float = arg(1.0, "passes over the dataset")
     max_steps: int = arg(0, "stop after this many steps; 0: no limit; the smaller bound wins")
     # run
@@ -324,35 +320,22 @@ def wilson_interval(share: float, n: int) -> tuple[float, float]:
 
 def chunked_logprobs(
     logits: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, temperature: float, chunk_size: int,
-    all_gradients: bool = False,
+    entropy_grad: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """hidden (N, d), targets (N,) -> log softmax(logits/temperature)[target] (N,) and entropy (N,), both fp32.
 
-    `chunk_size` tokens at a time, so that (N, vocabulary) never exists. A token's log-prob depends on its own hidden
-    state alone: its gradient (d,) is taken at once and kept in the logits' place, so that backward computes nothing
-    again. all_gradients: of the entropy and to the head's weights too, for which backward recomputes each chunk.
+    `chunk_size` tokens at a time, and each chunk again in backward, so that (N, vocabulary) never exists. The entropy
+    has a gradient only where it is asked for.
     """
 
     def one_chunk(h: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         logp = logits(h).float().div_(temperature).log_softmax(-1)
-        known = logp if all_gradients else logp.detach()
+        known = logp if entropy_grad else logp.detach()
         return logp.gather(-1, target[:, None]).squeeze(-1), -(known.exp() * known).sum(-1)
 
     chunks = zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True)
-    if all_gradients:
-        parts = [checkpoint(one_chunk, h, target, use_reentrant=False) for h, target in chunks]
-        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
-    slopes: list[Tensor] = []
-    parts = []
-    for h, target in chunks:
-        h = h.detach().requires_grad_(hidden.requires_grad)
-        logprob, entropy = one_chunk(h, target)
-        slopes += torch.autograd.grad(logprob.sum(), h) if h.requires_grad else []  # row i is d logprob i / d h i
-        parts.append((logprob.detach(), entropy))
-    logprobs, entropy = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
-    if slopes:  # plus 0, whose gradient to `hidden` is the one taken above
-        logprobs = logprobs + ((hidden - hidden.detach()).float() * torch.cat(slopes).float()).sum(-1)
-    return logprobs, entropy
+    parts = [checkpoint(one_chunk, h, target, use_reentrant=False, preserve_rng_state=False) for h, target in chunks]
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
 class Preferences(NamedTuple):
@@ -445,11 +428,7 @@ def main(args: Args) -> None:
     value_head = add_value_head(model, adapter, args) if args.loss == "dro" else None
     args.gold_fn = args.gold_fn or (f"{TINY / 'annotator.py'}:gold" if args.dataset == Args.dataset else None)
     gold = load_function(args.gold_fn) if args.gold_fn else None
-    encode = partial(
-        encode_example, tokenizer=tokenizer, stop_ids=stop_ids, max_prompt_length=args.max_prompt_length,
-        max_response_length=args.max_response_length, labels=kind.data == "labels", binary=args.loss == "kto",
-    )  # fmt: skip
-    examples, held = load_data(COLUMNS, encode, tokenizer, run)
+    examples, held = load_data(COLUMNS, encode_example, tokenizer, stop_ids, run)
     check_positions(model, min(max(examples["length"]), args.max_prompt_length + args.max_response_length))
     heldout = take(held, range(len(held)))
     prompts = heldout_prompts(heldout, tokenizer, run)
@@ -552,12 +531,7 @@ ABOVE_ZERO = (  # number flags that may not be 0; none may be below
     "max_grad_norm batch_size tokens_per_batch epochs save_every max_prompt_length max_response_length temperature "
     "samples_per_prompt sample_batch_size kl_horizon ppo_epochs minibatches mu beta"
 ).split()
-ENCODING = (
-    "max_prompt_length",
-    "max_response_length",
-    "last_turn_only",
-    "columns",
-)  # flags that change what is encoded
+ENCODING = "max_prompt_length max_response_length last_turn_only loss columns".split()  # what changes the encoded rows
 MAY_CHANGE = (  # when a run is resumed: its length, and what costs memory or time only
     "resume report_to max_steps epochs save_every eval_every tokens_per_batch sample_batch_size gradient_checkpointing"
 ).split()
@@ -733,8 +707,11 @@ class UserError(Exception):
     """A mistake in what the user gave, printed as one line: what, where, what was expected, what to do."""
 
 
-class BadRow(Exception):
+class BadRow(UserError):
     """A row that can't be used: BadRow(reason, detail); rows are counted by reason, the first detail is shown."""
+
+    def __str__(self) -> str:
+        return ": ".join(self.args)
 
 
 def check(fine: Any, message: str) -> None:
@@ -748,24 +725,32 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def run_cli(main: Callable[[Any], Any], args_class: Any) -> None:
-    """Parse the command line into `args_class` and run `main`: mistakes of the user are one line, not a traceback."""
-    script, parser = Path(sys.argv[0]).name, HfArgumentParser(args_class, description=main.__doc__, allow_abbrev=False)
+@contextlib.contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Whatever libraries raise in this block, for files that are missing or damaged, is one line about `what`."""
     try:
-        (args,) = parser.parse_args_into_dataclasses(look_for_args_file=False)
-        if Path(args.dataset).resolve().parent == TINY:
-            parser.set_defaults(**TINY_SETTINGS)
-            (args,) = parser.parse_args_into_dataclasses(look_for_args_file=False)
-            print(f"{script}: settings for tiny/:", *(f"--{name} {getattr(args, name)}" for name in TINY_SETTINGS))
-    except ValueError as error:  # an unknown flag
-        print(f"{script}: {error}; `python {script} --help` lists the flags", file=sys.stderr)
-        sys.exit(2)
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{what}: {first_line(error.__cause__ or error)}") from error
+
+
+def run_cli(main: Callable[[Any], None], args_class: Any) -> None:
+    """Parse the command line into `args_class` and run `main`: mistakes of the user are one line, not a traceback."""
+    usage = "python %(prog)s [--flag value ...]; --help lists the flags"
+    parser = HfArgumentParser(args_class, description=main.__doc__, usage=usage, allow_abbrev=False)
+    args = args_class(**vars(parser.parse_args()))
+    if Path(args.dataset).resolve().parent == TINY:
+        parser.set_defaults(**TINY_SETTINGS)
+        args = args_class(**vars(parser.parse_args()))
+        print(f"{parser.prog}: settings for tiny/:", *(f"--{name} {getattr(args, name)}" for name in TINY_SETTINGS))
     try:
         main(args)
     except (UserError, OSError) as error:  # OSError: a full disk, a folder that can't be written
-        sys.exit(f"{script}: {error}")
+        sys.exit(f"{parser.prog}: {error}")
     except KeyboardInterrupt:
-        sys.exit(f"{script}: stopped at once; --resume goes on from the last checkpoint, if there is one")
+        sys.exit(f"{parser.prog}: stopped at once; --resume goes on from the last checkpoint, if there is one")
 
 
 def settle_loss(args: Args) -> None:
@@ -806,8 +791,8 @@ class Run:
         transformers.utils.logging.disable_progress_bar()
         torch.manual_seed(args.seed)
         self.args, self.stage, self.curves, self.folder = args, stage, curves, Path(args.output_dir)
-        gpu, trackers = torch.cuda.is_available(), args.report_to
-        self.processes = Accelerator(cpu=not gpu, log_with=trackers, project_dir=self.folder)
+        gpu = torch.cuda.is_available()
+        self.processes = Accelerator(cpu=not gpu, log_with=args.report_to, project_dir=self.folder)
         self.device, self.rank = self.processes.device, self.processes.process_index
         self.world, self.main = self.processes.num_processes, self.processes.is_main_process
         self.began, self.step, self.data, self.interrupted, self.started = time.time(), 0, "", False, False
@@ -835,38 +820,34 @@ class Run:
     def steps(self, total_steps: int, weights: list, optimizers: list, extra: dict | None = None) -> Iterator[int]:
         """The steps to be done, after --resume those that are left; each --save_every steps, after Ctrl-C or SIGTERM
         (once more: stop at once) and at the end a checkpoint with weights, optimizers and the numbers in `extra`."""
-        self.total_steps, extra = total_steps, {} if extra is None else extra
-        self.settings = {**asdict(self.args), "data": self.data}
+        self.total_steps, self.settings = total_steps, {**asdict(self.args), "data": self.data}
+        extra = {} if extra is None else extra
         self.first_step = self.load_checkpoint(weights, optimizers, extra) if self.args.resume else 0
         self.loop_began = time.time()
-        before = [signal.signal(number, self.interrupt) for number in (signal.SIGINT, signal.SIGTERM)]
-        try:
-            for step in range(self.first_step, total_steps):
-                self.step = step
-                yield step
-                done, stopped = step + 1, self.total(self.interrupted)[0] > 0
-                if self.main and (stopped or done % self.args.save_every == 0 or done == total_steps):
-                    states = [optimizer.state_dict() for optimizer in optimizers]
-                    self.save({"step": done, "weights": weights, "optimizers": states, "extra": extra})
-                check(not stopped, f"stopped after step {done} of {total_steps}; add --resume to go on from there")
-        finally:
-            for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
-                signal.signal(number, handler)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.interrupt)
+        for step in range(self.first_step, total_steps):
+            self.step, done = step, step + 1
+            yield step
+            stopped = self.total(self.interrupted)[0] > 0
+            if self.main and (stopped or done % self.args.save_every == 0 or done == total_steps):
+                states = [optimizer.state_dict() for optimizer in optimizers]
+                self.save({"step": done, "weights": weights, "optimizers": states, "extra": extra})
+            check(not stopped, f"stopped after step {done} of {total_steps}; add --resume to go on from there")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)
 
-    def interrupt(self, *signal_and_frame: Any) -> None:
+    def interrupt(self, number: int, frame: Any) -> None:
         """The first signal lets the step end, the second does not."""
-        if self.interrupted:
-            raise KeyboardInterrupt
         self.interrupted = True
+        signal.signal(number, signal.default_int_handler)
         print(f"\n{self.stage}: stopping after step {self.step + 1}; once more to stop at once", flush=True)
 
     def load_checkpoint(self, weights: list, optimizers: list, extra: dict) -> int:
         """Put checkpoint.pt's state into weights, optimizers and `extra`, cut later lines off; -> the next step."""
-        try:
+        with reading(f"--resume: no checkpoint in {self.folder}; start without"):
             recorded = json.loads((self.folder / "args.json").read_text())
             state = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever a missing or damaged file raises
-            raise UserError(f"--resume: no checkpoint in {self.folder} ({first_line(error)}); start without") from error
         changed = {k: v for k, v in self.settings.items() if recorded.get(k) != v and k not in MAY_CHANGE}
         flags = ", ".join(f"--{k} {v} (was {recorded.get(k)})" for k, v in changed.items())
         check(not changed, f"--resume: {self.folder} was started with other settings (data: rows): {flags}")
@@ -887,12 +868,9 @@ class Run:
 
     def save(self, state: dict) -> None:
         """checkpoint.pt, by way of a temporary name: a killed run or a full disk leaves the old one or the new one."""
-        try:
-            with (self.folder / "checkpoint.tmp").open("wb") as stream:
-                torch.save(state, stream)
-        except (OSError, RuntimeError) as error:  # on a full disk torch has words of its own
-            why = first_line(error.__context__ or error)
-            raise UserError(f"{self.folder}: the checkpoint can't be written ({why}); the last one is there") from error
+        content = io.BytesIO()  # torch does not say that a disk is full; Python does
+        torch.save(state, content)
+        (self.folder / "checkpoint.tmp").write_bytes(content.getbuffer())
         (self.folder / "checkpoint.tmp").replace(self.folder / "checkpoint.pt")
 
     def add(self, name: str, rows: list[dict]) -> None:
@@ -914,12 +892,12 @@ class Run:
     def log(self, metrics: dict, timing: dict) -> None:
         """One line in metrics.jsonl (a function of the arguments alone), in timing.jsonl, on the screen; curves.png."""
         peak, done = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0, metrics["step"] + 1
-        self.add("metrics.jsonl", [{k: v if isinstance(v, int) else float(f"{v:.8g}") for k, v in metrics.items()}])
+        self.add("metrics.jsonl", [metrics])
         self.add("timing.jsonl", [{"step": metrics["step"], **timing, "peak_bytes": peak}])
         self.processes.log({**metrics, **timing}, step=metrics["step"])
         left = (time.time() - self.loop_began) / (done - self.first_step) * (self.total_steps - done)
         shown = [f"{k} {metrics[k]:.3f}" for k in self.curves if k in metrics]
-        clock = f"{timing['seconds']:.2f} s | {left // 60:.0f}:{left % 60:02.0f} left"
+        clock = f"{timing['seconds']:.2f} s | {tqdm.format_interval(left)} left"
         if self.main:
             print(f"{self.stage}: {done}/{self.total_steps}", *shown, clock, sep=" | ", flush=True)
         if self.main and self.evaluates(metrics["step"]) and importlib.util.find_spec("matplotlib"):
@@ -927,19 +905,15 @@ class Run:
 
     def plot_curves(self) -> None:
         """curves.png: each curve of metrics.jsonl against the step."""
-        import matplotlib
-
-        matplotlib.use("Agg")
+        import pandas
         from matplotlib import pyplot
 
-        rows = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-        keys = [key for key in self.curves if any(key in row for row in rows)]
-        figure, axes = pyplot.subplots(1, len(keys), figsize=(3.6 * len(keys), 3), squeeze=False, layout="tight")
-        for axis, key in zip(axes[0], keys, strict=True):
-            axis.plot([r["step"] for r in rows if key in r], [r[key] for r in rows if key in r], marker=".")
-            axis.set(title=key, xlabel="step")
-        figure.savefig(self.folder / "curves.png", dpi=110)
-        pyplot.close(figure)
+        table = pandas.read_json(self.folder / "metrics.jsonl", lines=True).set_index("step")
+        shown = table[[key for key in self.curves if key in table]]
+        size = (3.6 * shown.shape[1], 3)
+        shown.plot(subplots=True, layout=(1, -1), figsize=size, style=".-", title=[*shown], legend=False)
+        pyplot.savefig(self.folder / "curves.png", dpi=110, bbox_inches="tight")
+        pyplot.close()
 
     def finish(self, model: Any, name: str, tokenizer: Any, stop_ids: list[int], table: dict, head: Any = None) -> None:
         """The adapter `name` (or the whole model), all that loading and generating needs; result.json: the table."""
@@ -964,9 +938,7 @@ def find_base(source: str) -> tuple[str, bool]:
     except (ValueError, OSError, TypeError):  # no adapter_config.json there
         return str(Path(source).resolve()) if Path(source).is_dir() else source, False
     paths = [Path(name), *(parent / name for parent in Path(source).resolve().parents)]
-    found = next((str(path.resolve()) for path in paths if (path / "config.json").is_file()), None)
-    check(found or not Path(name).is_absolute(), f"{source}: its base {name} is gone; move it back or edit the path")
-    return found or name, True
+    return next((str(path.resolve()) for path in paths if (path / "config.json").is_file()), name), True
 
 
 def settle_precision(args: Any, device: Any) -> None:
@@ -993,22 +965,17 @@ def load_base(base: str, args: Any, device: Any, kind: Any = AutoModelForCausalL
             bnb_4bit_compute_dtype=options["dtype"], llm_int8_skip_modules=["lm_head", "score"],
         )  # fmt: skip
     probe = torch.arange(8, device=device)[None]
-    try:
+    with reading(f"model {base}: can't be loaded and run"):
         model = kind.from_pretrained(base, device_map={"": device}, **options).eval()
-    except Exception as error:  # whatever a missing or damaged file raises
-        raise UserError(f"model {base}: can't be loaded ({first_line(error)})") from error
-    for module in [*model.modules(), model.config]:
-        for name in [n for n, x in vars(module).items() if isinstance(x, float) and ("drop" in n or n == "p")]:
-            setattr(module, name, 0.0)  # a dropout may be a number (OPT's, attention's, Falcon's in its config)
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes' repacked CPU weights pass no gradient;
-            module.support_avx512bf16_for_cpu = False  # the first pass would repack them
-            misread = device.type == "cpu" and module.in_features % 64 in (16, 32, 48)
-            check(not misread, f"model {base}: bitsandbytes misreads {module.in_features} inputs on CPU; --quant none")
-    try:
+        for module in [*model.modules(), model.config]:
+            for name in [n for n, x in vars(module).items() if isinstance(x, float) and ("drop" in n or n == "p")]:
+                setattr(module, name, 0.0)  # a dropout may be a number (OPT's, attention's, Falcon's in its config)
+            if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes' repacked CPU weights pass no gradient;
+                module.support_avx512bf16_for_cpu = False  # the first pass would repack them
+                misread = device.type == "cpu" and module.in_features % 64 in (16, 32, 48)
+                check(not misread, f"model {base}: bitsandbytes misreads {module.in_features} inputs; --quant none")
         with torch.no_grad():
             logits, states = model(probe).logits, model.base_model(probe, use_cache=False).last_hidden_state
-    except Exception as error:  # whatever an architecture that can't run here raises
-        raise UserError(f"model {base}: can't be run ({first_line(error)})") from error
     scaled = kind is AutoModelForCausalLM and (lm_logits(model, states) - logits).norm() > 0.05 * logits.norm()
     check(not scaled, f"model {base}: {model.config.model_type} scales its logits after lm_head; not supported")
     if device.type == "cpu" and model.num_parameters() < 10**7:
@@ -1029,15 +996,13 @@ def load_base(base: str, args: Any, device: Any, kind: Any = AutoModelForCausalL
 
 def load_tokenizer(source: str, chat_template: str | None, args: Any) -> Any:
     """Tokenizer with a chat template: `plain` where the model has none."""
-    try:
+    with reading(f"tokenizer {source}, --chat_template, --template_kwargs"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
         template = {None: tokenizer.chat_template or PLAIN_TEMPLATE, "plain": PLAIN_TEMPLATE, "text": TEXT_TEMPLATE}
         tokenizer.chat_template = template.get(chat_template) or Path(str(chat_template)).read_text(encoding="utf-8")
         for name, value in json.loads(args.template_kwargs or "{}").items():  # set in it: later stages keep it too
             setting = f"{{%- set null = none -%}}{{%- set {name} = {json.dumps(value, ensure_ascii=False)} -%}}"
             tokenizer.chat_template = setting + tokenizer.chat_template
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"tokenizer {source}, --chat_template, --template_kwargs: {first_line(error)}") from error
     check(tokenizer.eos_token_id is not None, f"{source}: the tokenizer has no EOS token; a response could never end")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # for generate; masks come from lengths
     return tokenizer
@@ -1048,10 +1013,7 @@ def find_stop_ids(tokenizer: Any, generation_config: Any) -> list[int]:
     eos = getattr(generation_config, "eos_token_id", None)
     ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
     turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "XYZ"}]
-    try:
-        after = render(tokenizer, turn).rpartition("XYZ")[2].lstrip()
-    except BadRow as bad:
-        raise UserError(f"chat template: {': '.join(bad.args)}") from bad
+    after = render(tokenizer, turn).rpartition("XYZ")[2].lstrip()
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}  # all_special_ids lacks some
     return sorted(ids | special.intersection(tokenizer(after, add_special_tokens=False)["input_ids"][:1]))
 
@@ -1059,12 +1021,14 @@ def find_stop_ids(tokenizer: Any, generation_config: Any) -> list[int]:
 def load_model(args: Any, device: Any) -> tuple[Any, Any, list[int], str | None]:
     """(base model, tokenizer, stop ids, adapter or None) of --model: a base, or the run folder of an earlier stage."""
     base, is_adapter = find_base(args.model)
+    given = [f"--{n}" for n in ("lora_r", "lora_alpha", "lora_target_modules") if getattr(args, n) is not None]
+    check(
+        not (is_adapter and given), f"{', '.join(given)}: {args.model} is an adapter and keeps its own; drop the flag"
+    )
     settle_precision(args, device)
     own = is_adapter and (Path(args.model, "tokenizer_config.json").is_file() or not Path(args.model).is_dir())
-    tokenizer, model = (
-        load_tokenizer(args.model if own else base, args.chat_template, args),
-        load_base(base, args, device),
-    )
+    tokenizer = load_tokenizer(args.model if own else base, args.chat_template, args)
+    model = load_base(base, args, device)
     words = model.get_input_embeddings().num_embeddings
     check(len(tokenizer) <= words, f"{args.model}: {len(tokenizer)} tokens, but an embedding of {words}: not a pair?")
     return model, tokenizer, find_stop_ids(tokenizer, model.generation_config), args.model if is_adapter else None
@@ -1079,17 +1043,12 @@ def add_adapter(model: Any, name: str, source: str | None, args: Any) -> Any:
     ends = {"lm_head", "embed_tokens", "wte", "embed_out", "score"}.intersection(targets)
     check(not ends, f"--lora_target_modules {' '.join(ends)}: embeddings and heads stay as they are")
     config = LoraConfig(r=rank, lora_alpha=args.lora_alpha or 2 * rank, target_modules=targets)
-    try:
+    with reading(f"adapter {source or name}"):
         if source:
             config = LoraConfig.from_pretrained(source)
-            odd = config.use_dora or config.bias != "none" or config.init_lora_weights not in (True, False, "gaussian")
-            odd = odd or config.trainable_token_indices or config.modules_to_save not in (None, ["score"])
-            check(not odd, f"{source}: no plain LoRA (DoRA, PiSSA, biases, saved modules ...); merge it into its base")
-            loaded = {"lora_r": config.r, "lora_alpha": config.lora_alpha, "lora_target_modules": config.target_modules}
-            for flag, value in loaded.items():
-                given = getattr(args, flag)
-                same = given in (None, value) or (isinstance(given, list) and set(given) == set(value))
-                check(same, f"--{flag} {given} contradicts {source}, trained with {value}; drop the flag")
+        odd: Any = config.use_dora or config.bias != "none" or config.init_lora_weights not in (True, False, "gaussian")
+        odd = odd or config.trainable_token_indices or config.modules_to_save not in (None, ["score"])
+        check(not odd, f"{source}: no plain LoRA (DoRA, PiSSA, biases, saved modules ...); merge it into its base")
         config.modules_to_save, config.lora_dropout, config.inference_mode = None, 0.0, False
         config.task_type, config.base_model_name_or_path = "CAUSAL_LM", None  # PEFT fills in this base's
         if hasattr(model, "peft_config"):
@@ -1101,10 +1060,6 @@ def add_adapter(model: Any, name: str, source: str | None, args: Any) -> Any:
             result: Any = set_peft_model_state_dict(model, weights, adapter_name=name)
             wrong = [key for key in result.missing_keys if f".{name}." in key] + result.unexpected_keys
             check(not wrong, f"{source}: its layers are not those of this base ({wrong[:1]})")
-    except UserError:
-        raise
-    except Exception as error:  # whatever PEFT and safetensors raise
-        raise UserError(f"adapter {source or name}: {first_line(error)}") from error
     return model
 
 
@@ -1215,24 +1170,24 @@ def read_rows(source: str, args: Any) -> Dataset:
     """A hub dataset, a local file or folder; .jsonl as {"text": line}, because datasets' own reader of it stops at the
     first bad line and turns text that looks like a date into a date."""
     kind = Path(source.removesuffix(".gz")).suffix[1:]
-    try:
+    with reading(f"dataset {source}, split {args.dataset_split}: can't be read"):
         if kind in ("jsonl", "json", "csv", "parquet"):
             options = {"encoding_errors": "backslashreplace"} if kind == "jsonl" else {}
             return load_dataset("text" if kind == "jsonl" else kind, data_files=source, split="train", **options)
         if Path(source, "state.json").is_file():
             return load_from_disk(source)
         return load_dataset(source, args.dataset_config, split=args.dataset_split)
-    except Exception as error:  # whatever datasets raises
-        why = first_line(error.__cause__ or error)
-        raise UserError(f"dataset {source}, split {args.dataset_split}: can't be read ({why})") from error
 
 
-def load_examples(source: str, columns: list[str], encode: Callable, tokenizer: Any, run: Run) -> Dataset:
-    """encode(row) -> examples {"key": its prompt, "length": tokens, ...} for every row; `take` gives them back.
+def load_examples(
+    source: str, columns: list[str], encode: Callable, tokenizer: Any, stop_ids: list[int], run: Run
+) -> Dataset:
+    """encode(row, tokenizer, stop_ids, args) -> examples {"key": its prompt, "length": tokens, ...} for every row;
+    `take` gives them back. Bad rows are counted by reason, and the first of each is shown.
 
-    Bad rows are counted by reason, and the first of each is shown. datasets keeps the result for the next run.
+    datasets keeps the result for the next run, under a name made of all that it depends on.
     """
-    rows = read_rows(source, run.args)
+    rows, backend = read_rows(source, run.args), getattr(tokenizer, "backend_tokenizer", None)
     lines = rows.column_names == ["text"] and ".jsonl" in source
     names = dict(pair.split("=")[::-1] for pair in (run.args.columns or "").split(",") if "=" in pair)
 
@@ -1244,33 +1199,29 @@ def load_examples(source: str, columns: list[str], encode: Callable, tokenizer: 
             raise BadRow("no JSON object of text", first_line(error)) from error
         if not any(all(row.get(name) is not None for name in names.split(" + ")) for names in columns):
             raise BadRow("a column is missing or null", "found " + ", ".join(k for k in row if row[k] is not None))
-        return encode(row)
+        return encode(row, tokenizer, stop_ids, run.args)
 
     def encode_batch(batch: dict, numbers: list[int]) -> dict:
         found = []
         for i, number in enumerate(numbers):
             try:
                 examples = encode_row({name: values[i] for name, values in batch.items()})
-                found += [(e["key"], e["length"], json.dumps(e, default=str), "") for e in examples]
+                found += [(e["key"], e["length"], json.dumps(e, default=str), "", "") for e in examples]
             except BadRow as bad:
-                found.append(("", 0, "", json.dumps([bad.args[0], f"row {number + 1}: {' '.join(bad.args[1:])}"])))
-        return {name: list(x) for name, *x in zip(("key", "length", "example", "bad"), *found, strict=True)}
+                found.append(("", 0, "", bad.args[0], f"row {number + 1}: {' '.join(bad.args[1:])}"))
+        return {name: list(x) for name, *x in zip(("key", "length", "example", "bad", "first"), *found, strict=True)}
 
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    flags = {k: v for k, v in asdict(run.args).items() if k in ENCODING}
-    known = repr([(k, v) for k, v in getattr(encode, "keywords", {}).items() if k != "tokenizer"])  # stop ids, windows
-    words = [tokenizer.chat_template, backend.to_str() if backend else repr(tokenizer)]
-    how = [rows._fingerprint, source, columns, flags, known, *words]
+    how = [rows._fingerprint, source, columns, stop_ids, *(getattr(run.args, flag, None) for flag in ENCODING)]
+    how += [tokenizer.chat_template, backend.to_str() if backend else repr(tokenizer), Path(__file__).read_text()]
     with run.processes.main_process_first():
         table = rows.map(
             encode_batch, with_indices=True, batched=True, batch_size=100, remove_columns=rows.column_names,
             num_proc=min(8, os.cpu_count() or 1) if len(rows) > 2000 else None, desc=f"encoding {source}",
-            new_fingerprint=hashlib.sha256(json.dumps([how, Path(__file__).read_text()]).encode()).hexdigest()[:32],
+            new_fingerprint=hashlib.sha256(json.dumps(how).encode()).hexdigest()[:32],
         )  # fmt: skip
-    left_out: dict[str, list] = {}
-    for bad in (json.loads(text) for text in table["bad"] if text):
-        left_out.setdefault(bad[0], [0, bad[1]])[0] += 1
-    text = "; ".join(f"{n} {reason} ({first})" for reason, (n, first) in left_out.items())
+    counts = Counter(table["bad"])
+    first = dict(zip(reversed(table["bad"]), reversed(table["first"]), strict=True))
+    text = "; ".join(f"{n} {reason} ({first[reason]})" for reason, n in counts.items() if reason)
     examples = table.select(np.flatnonzero(np.array(table["bad"]) == ""))
     check(len(examples), f"{source}: no usable row of {len(rows)}; expected {' | '.join(columns)}; left out: {text}")
     print(f"data: {source}: {len(examples)} examples from {len(rows)} rows" + f"; left out: {text}" * bool(text))
@@ -1282,14 +1233,16 @@ def take(examples: Dataset, numbers: Any) -> list[dict]:
     return [json.loads(examples[int(i)]["example"]) for i in numbers]
 
 
-def load_data(columns: list[str], encode: Callable, tokenizer: Any, run: Run) -> tuple[Dataset, Dataset]:
+def load_data(
+    columns: list[str], encode: Callable, tokenizer: Any, stop_ids: list[int], run: Run
+) -> tuple[Dataset, Dataset]:
     """(training, held-out) examples: --eval_dataset, tiny's own, or --eval_size of the training data, by prompt."""
-    args = run.args
-    examples = load_examples(args.dataset, columns, encode, tokenizer, run)
+    args, how = run.args, (columns, encode, tokenizer, stop_ids, run)
+    examples = load_examples(args.dataset, *how)
     run.data = hashlib.sha256("".join(examples["example"]).encode()).hexdigest()
     beside = Path(args.dataset).with_name(f"{Path(args.dataset).stem}_eval.jsonl")
     if args.eval_dataset or (beside.resolve().parent == TINY and beside.is_file()):
-        return examples, load_examples(args.eval_dataset or str(beside), columns, encode, tokenizer, run)
+        return examples, load_examples(args.eval_dataset or str(beside), *how)
     keys = sorted(set(examples["key"]), key=lambda key: hashlib.sha256(f"{args.seed}{key}".encode()).digest())
     n = math.ceil(args.eval_size * len(keys) if args.eval_size < 1 else args.eval_size)
     check(n < len(keys), f"--eval_size {args.eval_size} holds out {n} of {len(keys)} prompts, leaves none to train on")
@@ -1353,26 +1306,16 @@ def encode_conversation(
 ) -> list[tuple[list[int], list[int]]]:
     """Message list -> [(ids, mask)], mask 1 on assistant turns up to and with the token that ends them, 0 elsewhere.
 
-    The conversation is rendered and tokenised once where the template copies turn after turn. Where it renders a turn
-    in another way once others follow (Qwen3 drops old thoughts), each turn is rendered as it is asked for, and a turn
-    that does not go on from the one before begins an example of its own.
+    Each turn is rendered as it is asked for, and tokenised once with those before it. Where the template renders a turn
+    in another way once others follow (Qwen3 drops old thoughts), the next turn begins an example of its own.
     """
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     if not turns or turns[0] == 0:
         raise BadRow("an assistant turn comes first" if turns else "no assistant turn")
     stop = re.compile("|".join(re.escape(token) for token in tokenizer.convert_ids_to_tokens(stop_ids)))
-    asked, whole = render(tokenizer, messages[: turns[0]], True), render(tokenizer, messages)
-    opening, place, places = asked.removeprefix(render(tokenizer, messages[: turns[0]])), 0, {}
-    for i in turns:  # where each answer begins, if all stand between what asks for them and what ends them
-        place = whole.find(opening + messages[i]["content"].strip(), place) + len(opening)
-        places[i] = place
-    copied = opening and whole.startswith(asked) and min(places.values()) >= len(asked)
-    copied = copied and all(stop.match(whole, at + len(messages[i]["content"].strip())) for i, at in places.items())
     texts: list[tuple[str, list[tuple[int, int]]]] = []
     for i in turns[-1:] if last_turn_only else turns:
-        before, after = whole[: places[i]], whole
-        if not copied:
-            before, after = render(tokenizer, messages[:i], True), render(tokenizer, messages[: i + 1])
+        before, after = render(tokenizer, messages[:i], True), render(tokenizer, messages[: i + 1])
         if not after.startswith(before):
             at = len(os.path.commonprefix([before, after]))
             there = f"after {before[:at][-20:]!r} {before[at:][:30]!r}, with its response {after[at:][:30]!r}"
@@ -1408,12 +1351,12 @@ def mark_answers(tokenizer: Any, text: str, answers: list[tuple[int, int]]) -> t
     return ids, mask.tolist()
 
 
-def encode_rl(row: dict, tokenizer: Any, max_prompt_length: int) -> list[dict]:
+def encode_rl(row: dict, tokenizer: Any, stop_ids: list[int], args: Any) -> list[dict]:
     """One row -> its prompt: {"ids", "prompt" as given, "messages", "columns" (for reward functions), ...}."""
     messages = to_messages(row, row["prompt"], tokenizer)
     ids = encode_prompt(tokenizer, messages)
-    if len(ids) > max_prompt_length:
-        raise BadRow(f"prompt over {max_prompt_length} tokens")
+    if len(ids) > args.max_prompt_length:
+        raise BadRow(f"prompt over {args.max_prompt_length} tokens")
     columns = {name: value for name, value in row.items() if name != "prompt"}
     clash = columns.keys() & {"prompts", "responses"}
     check(not clash, f"--dataset: column {', '.join(clash)}: reward functions take that name themselves; rename it")
@@ -1458,10 +1401,7 @@ def read_pair(row: dict, tokenizer: Any) -> tuple[list[dict], list[str]]:
     return sides[0][:-1], [turns[-1]["content"] for turns in sides]
 
 
-def encode_group(
-    messages: list[dict], texts: list[str], tokenizer: Any, stop_ids: list[int], max_prompt_length: int,
-    max_response_length: int,
-) -> Group:  # fmt: skip
+def encode_group(messages: list[dict], texts: list[str], tokenizer: Any, stop_ids: list[int], args: Any) -> Group:
     """A prompt and the responses to it as token ids; BadRow where one is too long."""
     prompts, responses = [], []
     for text in texts:
@@ -1471,18 +1411,17 @@ def encode_group(
         responses.append(ids[mask.index(1) :])
     if any(prompt != prompts[0] for prompt in prompts):
         raise BadRow("chat template: the prompt depends on the response")
-    if len(prompts[0]) > max_prompt_length or max(map(len, responses)) > max_response_length:
-        raise BadRow(f"prompt over {max_prompt_length} or response over {max_response_length} tokens")
+    if len(prompts[0]) > args.max_prompt_length or max(map(len, responses)) > args.max_response_length:
+        raise BadRow(f"prompt over {args.max_prompt_length} or response over {args.max_response_length} tokens")
     return prompts[0], responses
 
 
-def encode_preference(row: dict, **how: Any) -> list[dict]:
-    """One row -> [{"group", "ranks", "margin", and the row's "id", "prompt", "texts", "subset", ...}]; `how` is what
-    encode_group takes."""
+def encode_preference(row: dict, tokenizer: Any, stop_ids: list[int], args: Any) -> list[dict]:
+    """One row -> [{"group", "ranks", "margin", and what describe says}]."""
     if row.get("chosen") is not None and row.get("rejected") is not None:
-        (messages, texts), ranks = read_pair(row, how["tokenizer"]), [1, 2]
+        (messages, texts), ranks = read_pair(row, tokenizer), [1, 2]
     else:
-        messages, texts, ranks = to_messages(row, row["prompt"], how["tokenizer"]), row["responses"], row["ranks"]
+        messages, texts, ranks = to_messages(row, row["prompt"], tokenizer), row["responses"], row["ranks"]
         if not isinstance(texts, list) or not isinstance(ranks, list) or len(texts) != len(ranks):
             raise BadRow("responses and ranks are no lists of one length")
     margin = row.get("margin") or 0.0
@@ -1490,20 +1429,20 @@ def encode_preference(row: dict, **how: Any) -> list[dict]:
         raise BadRow("a rank or the margin is no number")
     if not better_pairs(ranks):
         raise BadRow("no response is ranked above another")
-    return [{**describe(messages, texts, **how), "ranks": ranks, "margin": float(margin)}]
+    return [{**describe(messages, texts, tokenizer, stop_ids, args), "ranks": ranks, "margin": float(margin)}]
 
 
-def describe(messages: list[dict], texts: list[str], **how: Any) -> dict:
+def describe(messages: list[dict], texts: list[str], *how: Any) -> dict:
     """What examples of every kind have: "group", "texts", "prompt" (a string if it is one user message), "key",
-    "length"."""
-    group, users = encode_group(messages, texts, **how), [m for m in messages if m["role"] != "system"]
+    "length"; `how`: as encode_group takes it."""
+    group, users = encode_group(messages, texts, *how), [m for m in messages if m["role"] != "system"]
     prompt, length = messages[0]["content"] if len(messages) == 1 else messages, len(group[0]) + sum(map(len, group[1]))
     return {"group": group, "texts": texts, "prompt": prompt, "key": json.dumps(users[:1]), "length": length}
 
 
-def encode_label(row: dict, binary: bool, **how: Any) -> list[dict]:
+def encode_label(row: dict, binary: bool, tokenizer: Any, *how: Any) -> list[dict]:
     """One row with a single labelled response -> [{..., "ranks": [1], "wins": [label]}]."""
-    label, answer, tokenizer = row["label"], row["completion"], how["tokenizer"]
+    label, answer = row["label"], row["completion"]
     if not isinstance(label, bool | int | float) or not abs(label) < 1e30:
         raise BadRow("the label is neither true, false nor a number", repr(label)[:40])
     if binary and label not in (0, 1):
@@ -1512,17 +1451,20 @@ def encode_label(row: dict, binary: bool, **how: Any) -> list[dict]:
     messages = [*to_messages(row, row["prompt"], tokenizer), *to_messages({}, answer, tokenizer)]
     if messages[-1]["role"] != "assistant":
         raise BadRow("no dialogue that ends with an assistant turn")
-    return [{**describe(messages[:-1], [messages[-1]["content"]], **how), "ranks": [1], "wins": [float(label)]}]
+    return [
+        {**describe(messages[:-1], [messages[-1]["content"]], tokenizer, *how), "ranks": [1], "wins": [float(label)]}
+    ]
 
 
-def encode_example(row: dict, labels: bool, binary: bool, **how: Any) -> list[dict]:
-    """One row of any of the column sets, if --loss can learn from it: from labels; and from 0 and 1 only (binary)."""
+def encode_example(row: dict, tokenizer: Any, stop_ids: list[int], args: Any) -> list[dict]:
+    """One row of any of the column sets, if --loss can learn from it: from labels; and from 0 and 1 only (kto)."""
     given = {name for name, value in row.items() if value is not None}
+    labels = LOSSES[args.loss].data == "labels"
     if not ({"chosen", "rejected"} <= given or {"responses", "ranks"} <= given):
         if not labels:
             raise BadRow("one labelled response, which --loss kto or dro learn from")
-        return encode_label(row, binary, **how)
-    examples = encode_preference(row, **how)
+        return encode_label(row, args.loss == "kto", tokenizer, stop_ids, args)
+    examples = encode_preference(row, tokenizer, stop_ids, args)
     if labels and len(examples[0]["ranks"]) > 2:
         raise BadRow("a ranking of more than two, which --loss plackett_luce, lipo, sppo or those of pairs learn from")
     return examples
@@ -1541,8 +1483,7 @@ def heldout_prompts(heldout: list[dict], tokenizer: Any, run: Run) -> list[dict]
     """Up to --eval_samples prompts to answer: those of the held-out preferences, for tiny's preferences its own."""
     args = run.args
     if args.dataset == Args.dataset and not args.eval_dataset:
-        encode = partial(encode_rl, tokenizer=tokenizer, max_prompt_length=args.max_prompt_length)
-        rows = load_examples(str(TINY / "prompts_eval.jsonl"), ["prompt"], encode, tokenizer, run)
+        rows = load_examples(str(TINY / "prompts_eval.jsonl"), ["prompt"], encode_rl, tokenizer, [], run)
         return take(rows, range(min(args.eval_samples, len(rows))))
     ones = {str(e["prompt"]): {"ids": e["group"][0], "prompt": e["prompt"], "columns": {}} for e in heldout}
     return list(ones.values())[: args.eval_samples]
@@ -1587,7 +1528,7 @@ class Row(NamedTuple):
 def flat_row(groups: list[list[int]], prompts: list, responses: list, masks: list | None, device: Any) -> Row:
     """One row of these groups; a group is the numbers of responses to one prompt."""
     cells: list[tuple] = []  # of each token: id, position, group, segment, column before it, response, place, counts
-    last = []
+    last = {}
     for g, members in enumerate(groups):
         prompt = prompts[members[0]]
         cells += [(token, t, g, 0, 0, 0, 0, 0) for t, token in enumerate(prompt)]
@@ -1596,14 +1537,12 @@ def flat_row(groups: list[list[int]], prompts: list, responses: list, masks: lis
             start, mask = len(cells) - 1, masks[i] if masks else [1] * len(responses[i])
             tokens = zip(responses[i], mask, strict=True)
             cells += [(y, n + t, g, s, start + t if t else end, i, t, m) for t, (y, m) in enumerate(tokens)]
-            last.append(len(cells) - 1)
+            last[i] = len(cells) - 1
     table = torch.from_numpy(np.array(cells).T)
     ids, positions, group, segment = table[:4].to(device)
     before, targets, response, place = table[[4, 0, 5, 6]][:, table[7] > 0].to(device)
-    numbers = [i for members in groups for i in members]
-    return Row(
-        ids, positions, group, segment, before, targets, (response, place), torch.tensor(last).to(device), numbers
-    )
+    ends = torch.tensor([*last.values()]).to(device)
+    return Row(ids, positions, group, segment, before, targets, (response, place), ends, [*last])
 
 
 def flat_rows(
@@ -1681,13 +1620,9 @@ def token_logprobs(
 
     States are picked by index_select, whose backward adds in a fixed order on CPU; plain indexing does not.
     """
-    states = hidden_states(model, row).index_select(0, row.before)
-    states = states.detach() if detached else states
-    trained_head = any(p.requires_grad for p in model.get_output_embeddings().parameters())
-    chunk_size = max(128, 2**23 // model.config.vocab_size)
-    return chunked_logprobs(
-        lambda h: lm_logits(model, h), states, row.targets, temperature, chunk_size, entropy_grad or trained_head
-    )
+    states, size = hidden_states(model, row).index_select(0, row.before), max(128, 2**23 // model.config.vocab_size)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not detached):
+        return chunked_logprobs(partial(lm_logits, model), states, row.targets, temperature, size, entropy_grad)
 
 
 def values_of(model: Any, head: nn.Linear, row: Row) -> Tensor:

@@ -73,10 +73,9 @@ def test_flat_rows_hold_no_padding() -> None:
     tokenizer = AutoTokenizer.from_pretrained(tokens)
     tokenizer.chat_template = bench.TEMPLATE
     model = SimpleNamespace(config=LlamaConfig(hidden_size=384), device=torch.device("cpu"))
-    how: dict[str, Any] = {"max_prompt_length": 1024, "max_response_length": 1024, "tokenizer": tokenizer}
-    examples = []
+    lengths, examples = reward.Args(max_prompt_length=1024, max_response_length=1024), []
     for pair in bench.read_pairs(folder, tokenizer, 512, 384):
-        examples += reward.encode_preference(pair, stop_ids=[tokenizer.eos_token_id], **how)
+        examples += reward.encode_preference(pair, tokenizer, [tokenizer.eos_token_id], lengths)
     flat = padded = 0
     for i in range(0, 512, 16):
         batch, args = examples[i : i + 16], SimpleNamespace(tokens_per_batch=1024)

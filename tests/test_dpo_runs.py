@@ -433,7 +433,7 @@ def test_a_second_run_computes_no_reference(run: Run, tmp_path: Path, monkeypatc
     assert (first / "metrics.jsonl").read_bytes() == (second / "metrics.jsonl").read_bytes() and same_weights(
         first, second
     )
-    run(output_dir=str(tmp_path / "third"), loss="ipo", beta=0.3, seed=5, batch_size=4, lora_r=4)
+    run(output_dir=str(tmp_path / "third"), loss="ipo", beta=0.3, seed=5, batch_size=4)
     assert cache_files(tmp_path) == names
 
 

@@ -553,10 +553,9 @@ def test_export_of_soft_preferences_is_read_by_the_trainers(tmp_path: Path) -> N
     if not (ROOT / "tiny" / "base" / "tokenizer.json").is_file():
         pytest.skip("needs tiny/base, which tiny/make.py builds")
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "tiny" / "base")
-    how: dict[str, Any] = {"tokenizer": tokenizer, "stop_ids": [tokenizer.eos_token_id]}
-    how |= {"max_prompt_length": 512, "max_response_length": 512}
     for script in (reward, dpo):
-        read = [script.encode_preference(pair, **how)[0] for pair in pairs]
+        args = script.Args(max_prompt_length=512, max_response_length=512)
+        read = [script.encode_preference(pair, tokenizer, [tokenizer.eos_token_id], args)[0] for pair in pairs]
         assert [example["margin"] for example in read] == pytest.approx([pair["margin"] for pair in pairs])
 
 

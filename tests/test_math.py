@@ -352,12 +352,9 @@ def test_first_ppo_gradient_is_the_policy_gradient() -> None:
 # ---------------------------------------------------------------------------------------------- chunked log-probs
 @pytest.mark.parametrize("chunk_size", [1, 3, 7, 8, 100])
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
-@pytest.mark.parametrize("all_gradients", [False, True])
-def test_chunked_logprobs_equal_log_softmax(chunk_size: int, temperature: float, all_gradients: bool) -> None:
-    """Traps 3, 9, 30: values and gradients equal float64; no more than `chunk_size` rows of logits, none kept.
-
-    Without all_gradients only log-probs have one, to the hidden states alone, and backward computes no logits again.
-    """
+@pytest.mark.parametrize("entropy_grad", [False, True])
+def test_chunked_logprobs_equal_log_softmax(chunk_size: int, temperature: float, entropy_grad: bool) -> None:
+    """Traps 3, 9, 30: values and gradients equal float64; no more than `chunk_size` rows of logits, none kept."""
     torch.manual_seed(0)
     hidden, weight = torch.randn(8, 6), torch.randn(11, 6)
     targets, upstream = torch.randint(11, (8,)), torch.randn(2, 8)
@@ -371,20 +368,19 @@ def test_chunked_logprobs_equal_log_softmax(chunk_size: int, temperature: float,
         return table
 
     h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    if not all_gradients:
-        upstream[1], w = 0.0, weight
-    got = ppo.chunked_logprobs(lambda x: logits(x, w), h, targets, temperature, chunk_size, all_gradients)
+    if not entropy_grad:
+        upstream[1] = 0.0
+    got = ppo.chunked_logprobs(lambda x: logits(x, w), h, targets, temperature, chunk_size, entropy_grad)
     assert sum(sizes) == 8 and max(sizes) <= chunk_size and got[0].dtype == got[1].dtype == torch.float32
-    assert got[1].requires_grad == all_gradients and not any(table() for table in tables)
+    assert got[1].requires_grad == entropy_grad and not any(table() for table in tables)
     (got[0] * upstream[0] + got[1] * upstream[1]).sum().backward()
-    assert sum(sizes) == (16 if all_gradients else 8)
+    assert sum(sizes) == 16 and max(sizes) <= chunk_size and not any(table() for table in tables)
 
     h64, w64 = hidden.double().requires_grad_(), weight.double().requires_grad_()
     table = (h64 @ w64.T / temperature).log_softmax(-1)
     logprob, entropy = table[torch.arange(8), targets], -(table.exp() * table).sum(-1)
     (logprob * upstream[0] + entropy * upstream[1]).sum().backward()
-    pairs = [(got[0], logprob), (got[1], entropy), (h.grad, h64.grad), *([(w.grad, w64.grad)] * all_gradients)]
-    for ours, exact in pairs:
+    for ours, exact in ((got[0], logprob), (got[1], entropy), (h.grad, h64.grad), (w.grad, w64.grad)):
         assert ours is not None and exact is not None
         assert torch.allclose(ours.double(), exact, rtol=1e-5, atol=1e-5)
     for i in range(8):  # and the reference agrees with torch

@@ -322,7 +322,7 @@ def test_the_second_update_has_the_gradient_of_its_loss(
     """Eqs. 7 and 8 of PPO, the bonus, InstructGPT's eq. 2, and the critic's: where policy and critic have moved, the
     accumulated gradients equal those of losses that are written out here, from plain passes of one response each."""
     seen = {name: record(monkeypatch, ppo, name) for name in ("roll_out", "role_logprobs", "masked_whiten", "gae")}
-    seen |= {name: record(monkeypatch, ppo, name) for name in ("role_tables", "add_critic", "load_ptx")}
+    seen |= {name: record(monkeypatch, ppo, name) for name in ("role_tables", "add_critic", "load_examples")}
     found: list[tuple[list[Tensor], list[Tensor]]] = []
     original = ppo.Run.clip_gradients
 
@@ -344,7 +344,7 @@ def test_the_second_update_has_the_gradient_of_its_loss(
             terms = terms + args.entropy_coef * (logp.exp() * logp).sum(-1)
             loss = loss + terms.sum() / n
         if args.ptx_dataset:
-            windows = seen["load_ptx"][0][1]
+            windows = seen["load_examples"][-1][1]
             chosen = ppo.take(windows, ppo.batch_indices(len(found) // 2, windows["length"], 8, args.seed))
             total = sum(len(w["ids"]) - 1 for w in chosen)
             for w in chosen:
@@ -388,11 +388,12 @@ def test_the_second_update_has_the_gradient_of_its_loss(
 
 def test_ptx_windows_hold_the_whole_text(run_ppo: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every text, its end token included, in windows of a prompt and a response; no window of one token."""
-    seen = record(monkeypatch, ppo, "load_ptx")
+    seen = record(monkeypatch, ppo, "load_examples")
     texts = ["The fox is red. " * n for n in (1, 5, 20)]
     file = write_jsonl(tmp_path / "text.jsonl", [{"text": text} for text in texts])
     run_ppo(ptx_dataset=str(file), max_prompt_length=30, max_response_length=10, max_steps=1)
-    (tokenizer, _), windows = seen[0]
+    (_, columns, _, tokenizer, *_), windows = seen[-1]
+    assert columns == ["text"]
     found = [w["ids"] for w in ppo.take(windows, range(len(windows)))]
     assert all(2 <= len(w) <= 40 for w in found) and max(map(len, found)) == 40
     expected = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
@@ -642,9 +643,9 @@ def test_every_flag_runs(flags: dict, run_ppo: Run, world: Path, base: Path, rew
     [
         ({"lora_r": 0}, ["--lora_r 0"]),
         ({"lora_r": 0, "model": "base"}, ["--lora_r 0"]),
-        ({"lora_r": 8}, ["--lora_r 8 contradicts", "trained with 4"]),
-        ({"lora_alpha": 3.0}, ["--lora_alpha 3.0 contradicts", "trained with 8"]),
-        ({"lora_target_modules": ["q_proj"]}, ["--lora_target_modules", "contradicts"]),
+        ({"lora_r": 8}, ["--lora_r:", "is an adapter and keeps its own"]),
+        ({"lora_alpha": 3.0}, ["--lora_alpha:", "keeps its own"]),
+        ({"lora_target_modules": ["q_proj"]}, ["--lora_target_modules:", "keeps its own"]),
         ({"model": "base", "lora_target_modules": ["lm_head"]}, ["--lora_target_modules lm_head"]),
         ({"model": "base", "lora_target_modules": ["nothing"]}, ["adapter policy"]),
         ({"reward_fn": "here.py:f", "reward_model": "there"}, ["--reward_fn and --reward_model"]),
@@ -768,11 +769,11 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: Any, *flags: str) -> tuple[Any,
 
 
 def test_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """A typo is one line that names it; abbreviations are not taken; a value of the wrong type names its flag; a
+    """A typo is named; abbreviations are not taken; a value of the wrong type names its flag; a
     mistake is the script's name and the message."""
     for flags in (["--lerning_rate", "1"], ["--learning", "1"]):
         code, error = cli(monkeypatch, capsys, *flags)
-        assert code == 2 and len(error.splitlines()) == 1 and flags[0] in error and "--help" in error
+        assert code == 2 and len(error.splitlines()) == 2 and flags[0] in error and "--help" in error
     for flags in (["--batch_size", "many"], ["--quant", "int8"]):
         code, error = cli(monkeypatch, capsys, *flags)
         assert code == 2 and flags[0] in error.splitlines()[-1]

@@ -77,8 +77,8 @@ def loaded(base: Path) -> Loaded:
 def encode(row: dict, loaded: Loaded, max_prompt_length: int = 512, max_response_length: int = 512) -> dict:
     """The example of one row."""
     _, _, tokenizer, stop_ids = loaded
-    how = {"max_prompt_length": max_prompt_length, "max_response_length": max_response_length}
-    (example,) = reward.encode_comparison(row, tokenizer=tokenizer, stop_ids=stop_ids, **how)
+    args = reward.Args(max_prompt_length=max_prompt_length, max_response_length=max_response_length)
+    (example,) = reward.encode_comparison(row, tokenizer, stop_ids, args)
     return example
 
 

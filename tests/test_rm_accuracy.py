@@ -1,7 +1,6 @@
 """eval/rm_accuracy.py: its maths by hand, real preference data, reward.py's own scores, bad files, the module."""
 
 import doctest
-import functools
 import importlib
 import json
 import math
@@ -354,9 +353,8 @@ def test_default_equals_reward_py(tmp_path: Path, capsys: pytest.CaptureFixture[
 
     head.weight.data.copy_(load_file(TINY / "reward" / "adapter_model.safetensors")[reward.HEAD_KEY])
     mean = json.loads((TINY / "reward" / "reward.json").read_text())["mean"]
-    how = {"tokenizer": tokenizer, "stop_ids": stop_ids, "max_prompt_length": 512, "max_response_length": 512}
-    encode, columns = functools.partial(reward.encode_comparison, **how), ["prompt + chosen + rejected"]
-    examples = reward.load_examples(Args.dataset, columns, encode, tokenizer, reward.Run(args, "reward", ()))
+    how, columns = (tokenizer, stop_ids, reward.Run(args, "reward", ())), ["prompt + chosen + rejected"]
+    examples = reward.load_examples(Args.dataset, columns, reward.encode_comparison, *how)
     theirs = reward.scored_pairs(model, head, examples.select(range(60)), mean, args)
     ours = read_jsonl(tmp_path / "out_pairs.jsonl")
     assert len(ours) == 500 and [list(row) for row in ours[:60]] == [list(row) for row in theirs]

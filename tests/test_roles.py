@@ -81,7 +81,7 @@ def load(model: Path, reward: Path | str, world: Path, **flags: Any) -> Roles:
     scorer = ppo.load_reward(str(reward), base, tokenizer, args)
     head = ppo.add_critic(base, scorer, adapter, args)
     rows = read_jsonl(world / "prompts.jsonl")[:4]
-    prompts = [ppo.encode_rl(row, tokenizer, 512)[0] for row in rows]
+    prompts = [ppo.encode_rl(row, tokenizer, [], ppo.Args())[0] for row in rows]
     return Roles(base, tokenizer, stop_ids, scorer, head, args, prompts)
 
 
@@ -394,7 +394,7 @@ def test_a_4_bit_base_computes_what_its_weights_say(width: int, tmp_path: Path) 
     try:
         loaded = ppo.load_base(str(tmp_path), args, CPU)
     except ppo.UserError as error:
-        assert width % 64 and f"misreads {width} inputs on CPU; --quant none" in str(error)
+        assert width % 64 and f"misreads {width} inputs; --quant none" in str(error)
         return
     exact = type(model).from_pretrained(tmp_path)
     for name, m in loaded.named_modules():

@@ -49,7 +49,7 @@ MORE: dict[str, dict[str, Any]] = {  # states beside keys, and other caches
 REFUSED = {
     "granite": "granite scales its logits after lm_head; not supported",
     "cohere": "cohere scales its logits after lm_head; not supported",
-    "llama4_text": "can't be run",
+    "llama4_text": "loaded and run",
     "mamba2": "mamba2 models keep their state in no cache of transformers; they can't be sampled",
     "recurrent_gemma": "recurrent_gemma models keep their state in no cache of transformers; they can't be sampled",
     "minimax": "preflight: sampler against training pass",
