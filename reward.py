@@ -102,7 +102,6 @@ class Args:
     loss: Literal["bradley_terry", "plackett_luce"] = arg("bradley_terry", "pairs, or whole rankings")
     label_smoothing: float = arg(0.0, "share of the labels taken to be wrong, in losses that allow it")
     center_coef: float = arg(0.0, "weight of (r_i + r_j)^2, which keeps scores around 0; 0.01 is usual")
-    length_coef: float = arg(0.0, "weight of the squared covariance of score and length; larger: length matters less")
     # optimisation
     learning_rate: float = arg(1e-4, "peak learning rate: linear warm-up, then a cosine down to a tenth")
     warmup_ratio: float = arg(0.05, "share of the steps with rising learning rate")
@@ -129,7 +128,6 @@ class Comparisons(NamedTuple):
     worse: Tensor  # (P,), index of j
     weight: Tensor  # (P,), 1 / number of pairs of the prompt, so that each prompt counts once
     margin: Tensor  # (P,)
-    longer: Tensor  # (P,), length of i minus length of j, in standard deviations of the training responses
     ranks: Tensor  # (S,), 1 = best
     prompt: Tensor  # (S,), number of the prompt
 
@@ -163,40 +161,23 @@ def plackett_luce_loss(scores: Tensor, ranks: Tensor, prompt: Tensor) -> Tensor:
     return torch.where(drawn_from, scores, -torch.inf).logsumexp(-1) - scores
 
 
-def length_covariance(difference: Tensor, longer: Tensor, weight: Tensor) -> Tensor:
-    """Score and length differences (P,), weight (P,) -> (): sum over prompts of the covariance of score and length.
+def reward_loss(scores: Tensor, pairs: Comparisons, args: Any) -> Tensor:
+    """Scores (S,) -> (): the loss summed over prompts, with center_coef * (r_i + r_j)^2 for each pair.
 
-    Half the mean product of differences over all pairs of a prompt is the (unbiased) covariance within the prompt; here
-    the differences are those of the scores 3, 2, 1 and the lengths 6, 4, 2.
-
-    >>> length_covariance(torch.tensor([1.0, 2.0, 1.0]), torch.tensor([2.0, 4.0, 2.0]), torch.ones(3) / 3)
-    tensor(2.)
-    """
-    return (weight * difference * longer).sum() / 2
-
-
-def reward_loss(scores: Tensor, pairs: Comparisons, covariance: float, args: Any) -> Tensor:
-    """Scores (S,) -> (): the loss summed over prompts, with the regularisers of --center_coef and --length_coef.
-
-    center_coef * (r_i + r_j)^2: Eisenstein et al. 2023 ("Helping or herding?"). The length term has, on average,
-    the gradient of length_coef/2 * cov^2: one factor, `covariance`, is that of the batch before. So the other is a sum
-    over prompts, which micro-batches add up to, and the product of two independent estimates is unbiased.
+    The regulariser is that of Eisenstein et al. 2023 ("Helping or herding?").
     """
     better, worse = scores.index_select(0, pairs.better), scores.index_select(0, pairs.worse)
     if args.loss == "bradley_terry":
         loss = (pairs.weight * bradley_terry_loss(better, worse, pairs.margin, args.label_smoothing)).sum()
     else:
         loss = plackett_luce_loss(scores, pairs.ranks, pairs.prompt).sum()
-    center = (pairs.weight * (better + worse) ** 2).sum()
-    length = covariance * length_covariance(better - worse, pairs.longer, pairs.weight)
-    return loss + args.center_coef * center + args.length_coef * length
+    return loss + args.center_coef * (pairs.weight * (better + worse) ** 2).sum()
 
 
 def pair_sums(scores: Tensor, pairs: Comparisons) -> Tensor:
-    """(5,), summed over prompts: pairs won (a tie is half), score difference, covariance, both sums of squares."""
+    """(2,), summed over prompts: pairs won (a tie is half), score difference."""
     d = scores[pairs.better] - scores[pairs.worse]
-    won = torch.heaviside(d, torch.full_like(d, 0.5))
-    return torch.stack([won, d, d * pairs.longer / 2, d**2, pairs.longer**2]) @ pairs.weight
+    return torch.stack([torch.heaviside(d, torch.full_like(d, 0.5)), d]) @ pairs.weight
 
 
 def learning_rate_at(step: int, total_steps: int, peak: float, warmup_ratio: float) -> float:
@@ -240,13 +221,12 @@ def main(args: Args) -> None:
     optimizer = make_optimizer(weights, args)
     columns = ["prompt + chosen + rejected", "chosen + rejected", "prompt + responses + ranks"]
     examples, heldout = load_data(columns, encode_comparison, tokenizer, stop_ids, run)
-    longest, length_sd = measure(examples)
-    check_positions(model, max(longest, measure(heldout)[0]))
+    longest = max([*examples["length"], *heldout["length"]])
+    check_positions(model, min(longest, args.max_prompt_length + args.max_response_length))
     total_steps = math.ceil(args.epochs * len(examples) / args.batch_size)
     total_steps = min(total_steps, args.max_steps or total_steps)
-    memory = {"covariance": 0.0}  # of score and length, in the batch before
 
-    for step in run.steps(total_steps, weights, [optimizer], memory):
+    for step in run.steps(total_steps, weights, [optimizer]):
         start = time.time()
 
         # 1. A batch of prompts with their responses, laid out in flat rows
@@ -254,12 +234,12 @@ def main(args: Args) -> None:
         passes = preference_passes(batch[run.rank :: run.world], model, args)
 
         # 2. The gradient of the mean over the batch's prompts, row by row
-        sums = torch.zeros(6, device=run.device)
+        sums = torch.zeros(3, device=run.device)
         with role(model, "reward", grad=True):
             for some, rows in passes:
-                pairs = compare(some, length_sd, run.device)
+                pairs = compare(some, run.device)
                 scores = head_scores(model, head, rows)
-                loss = reward_loss(scores, pairs, memory["covariance"], args) / len(batch)
+                loss = reward_loss(scores, pairs, args) / len(batch)
                 loss.backward()
                 sums += torch.cat([loss.detach()[None], pair_sums(scores.detach(), pairs) / len(batch)])
 
@@ -270,10 +250,8 @@ def main(args: Args) -> None:
         optimizer.zero_grad()
 
         # 4. Log, evaluate
-        loss_sum, won, margin, covariance, squares, lengths_2 = run.total(*sums.tolist())
-        memory["covariance"] = covariance
-        correlation = 2 * covariance / math.sqrt(squares * lengths_2) if squares * lengths_2 > 0 else 0.0
-        metrics = {"step": step, "loss": loss_sum, "accuracy": won, "margin": margin, "length_correlation": correlation}
+        loss_sum, won, margin = run.total(*sums.tolist())
+        metrics = {"step": step, "loss": loss_sum, "accuracy": won, "margin": margin}
         metrics |= {"grad_norm": grad_norm, "learning_rate": learning_rate}
         seconds, tokens = time.time() - start, sum(e["length"] for e in batch)
         if len(heldout) and run.evaluates(step):
@@ -972,15 +950,6 @@ def encode_demonstration(row: dict, tokenizer: Any, stop_ids: list[int], args: A
     return [describe(messages[:-1], [messages[-1]["content"]], tokenizer, stop_ids, args)]
 
 
-def measure(examples: Dataset) -> tuple[int, float]:
-    """(longest prompt with a response, in tokens; sd of the responses' lengths in characters, 1 where there is none)"""
-    longest, lengths = 0, [0]
-    for e in map(json.loads, examples["example"]):
-        longest = max(longest, len(e["group"][0]) + max(map(len, e["group"][1])))
-        lengths += map(len, e["texts"])
-    return longest, float(np.std(lengths[1:] or [0])) or 1.0
-
-
 def better_pairs(ranks: Sequence[float]) -> list[tuple[int, int]]:
     """All (i, j) with i ranked better than j.
 
@@ -990,14 +959,13 @@ def better_pairs(ranks: Sequence[float]) -> list[tuple[int, int]]:
     return [(i, j) for i, a in enumerate(ranks) for j, b in enumerate(ranks) if a < b]
 
 
-def compare(examples: list[dict], length_sd: float, device: Any) -> Comparisons:
-    """The pairs of some examples, as indices into the flat list of all their responses; lengths in characters."""
+def compare(examples: list[dict], device: Any) -> Comparisons:
+    """The pairs of some examples, as indices into the flat list of all their responses."""
     pairs: list[tuple] = []
     responses: list[tuple] = []
     for number, e in enumerate(examples):
-        start, lengths, of_prompt = len(responses), [len(t) / length_sd for t in e["texts"]], better_pairs(e["ranks"])
-        for i, j in of_prompt:
-            pairs.append((start + i, start + j, 1 / len(of_prompt), e["margin"], lengths[i] - lengths[j]))
+        start, of_prompt = len(responses), better_pairs(e["ranks"])
+        pairs += [(start + i, start + j, 1 / len(of_prompt), e["margin"]) for i, j in of_prompt]
         responses += [(rank, number) for rank in e["ranks"]]
     columns = [*zip(*pairs, strict=True), *zip(*responses, strict=True)]
     return Comparisons(*(torch.tensor(column, device=device) for column in columns))

@@ -45,12 +45,6 @@ def centre(scores: list[float], ranks: list[float]) -> float:
     return sum((scores[i] + scores[j]) ** 2 for i, j in pairs) / len(pairs)
 
 
-def covariance(x: list[float], y: list[float]) -> float:
-    """Unbiased sample covariance."""
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / (len(x) - 1)
-
-
 def wilson(share: float, n: int) -> tuple[float, float]:
     """The two p with |share - p| = 1.96 sqrt(p (1 - p) / n), by bisection."""
 

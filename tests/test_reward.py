@@ -12,7 +12,6 @@ import pytest
 import reference_reward as reference
 import torch
 from conftest import CPU, SHARED, adapter_weights, make_adapter, read_jsonl, record, same_weights, write_jsonl
-from datasets import Dataset
 from test_run import COMMAND_FLAGS, assert_same_gradients, launch
 
 import reward
@@ -98,9 +97,9 @@ def random_groups(seed: int, n: int, margin: float = 0.0) -> list[dict]:
     return groups
 
 
-def compared(groups: list[dict], length_sd: float = 1.0) -> tuple[torch.Tensor, reward.Comparisons]:
+def compared(groups: list[dict]) -> tuple[torch.Tensor, reward.Comparisons]:
     """(scores, comparisons) in float64."""
-    pairs = reward.compare(groups, length_sd, CPU)
+    pairs = reward.compare(groups, CPU)
     pairs = reward.Comparisons(*(t.double() if t.is_floating_point() else t for t in pairs))
     return torch.tensor([s for g in groups for s in g["scores"]], dtype=torch.float64), pairs
 
@@ -116,10 +115,10 @@ def test_losses_equal_the_reference_on_ragged_groups_with_ties(seed: int) -> Non
         reference.pairwise(g["scores"], g["ranks"], g["margin"], 0.1) + 0.3 * reference.centre(g["scores"], g["ranks"])
         for g in groups
     )
-    assert reward.reward_loss(scores, pairs, 0.0, args).item() == pytest.approx(expected, rel=1e-6)  # float32 weights
+    assert reward.reward_loss(scores, pairs, args).item() == pytest.approx(expected, rel=1e-6)  # float32 weights
     args = reward.Args(loss="plackett_luce", center_coef=0.0)
     expected = sum(reference.listwise(g["scores"], g["ranks"]) for g in groups)
-    assert reward.reward_loss(scores, pairs, 0.0, args).item() == pytest.approx(expected, rel=1e-12)
+    assert reward.reward_loss(scores, pairs, args).item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_numbers_worked_by_hand() -> None:
@@ -145,34 +144,14 @@ def test_plackett_luce_of_two_is_bradley_terry() -> None:
         two = {**group, "scores": group["scores"][:2], "ranks": [2, 1], "texts": group["texts"][:2], "margin": 0.0}
         scores, pairs = compared([two])
         a, b = (reward.Args(loss=name) for name in ("plackett_luce", "bradley_terry"))
-        loss = reward.reward_loss(scores, pairs, 0.0, a).item()
-        assert loss == pytest.approx(reward.reward_loss(scores, pairs, 0.0, b).item(), rel=1e-12)
+        loss = reward.reward_loss(scores, pairs, a).item()
+        assert loss == pytest.approx(reward.reward_loss(scores, pairs, b).item(), rel=1e-12)
 
 
 @pytest.mark.parametrize(("share", "n"), [(0.5, 10), (0.46125, 400), (0.99, 100), (1.0, 7), (0.0, 30)])
 def test_wilson_interval_solves_its_equation(share: float, n: int) -> None:
     """Its ends, found by bisection."""
     assert reward.wilson_interval(share, n) == pytest.approx(reference.wilson(share, n), abs=1e-9)
-
-
-def test_the_length_term_has_the_gradient_of_half_the_squared_covariance() -> None:
-    """By autograd, through torch.cov."""
-    groups = [{**g, "ranks": list(range(1, 1 + len(g["ranks"])))} for g in random_groups(5, 6)]  # no ties: all pairs
-    scores, pairs = compared(groups, length_sd=10.0)
-    lengths = [[len(t) / 10 for t in g["texts"]] for g in groups]
-    now = sum(reference.covariance(g["scores"], x) for g, x in zip(groups, lengths, strict=True)) / len(groups)
-    assert reward.pair_sums(scores, pairs)[2].item() / len(groups) == pytest.approx(now, rel=1e-6)
-
-    scores.requires_grad_()
-    plain, penalised = reward.Args(), reward.Args(length_coef=0.7)
-    losses = [reward.reward_loss(scores, pairs, now, args) / len(groups) for args in (plain, penalised)]
-    (gradient,) = torch.autograd.grad(losses[1] - losses[0], scores)
-    cov, start = torch.zeros((), dtype=torch.float64), 0  # the same by autograd, through torch.cov
-    for x in lengths:
-        both = torch.stack([scores[start : start + len(x)], torch.tensor(x, dtype=torch.float64)])
-        cov, start = cov + torch.cov(both)[0, 1] / len(groups), start + len(x)
-    (expected,) = torch.autograd.grad(0.7 / 2 * cov**2, scores)
-    torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-9)
 
 
 def test_swapping_chosen_and_rejected_mirrors_the_accuracy() -> None:
@@ -248,7 +227,7 @@ def test_recomputing_activations_changes_nothing(run: Start, monkeypatch: pytest
 @pytest.mark.parametrize("loss", ["bradley_terry", "plackett_luce"])
 def test_rows_do_not_change_the_gradient(run: Start, data: Path, monkeypatch: pytest.MonkeyPatch, loss: str) -> None:
     """All prompts in one row, one prompt in each, something in between, one response in each: one gradient."""
-    flags = {"dataset": str(data / "ranks.jsonl"), "loss": loss, "center_coef": 0.1, "length_coef": 0.5}
+    flags = {"dataset": str(data / "ranks.jsonl"), "loss": loss, "center_coef": 0.1}
     passes = record(monkeypatch, reward, "preference_passes")
     whole = gradients_of(run, monkeypatch, tokens_per_batch=4000, **flags)
     others = [gradients_of(run, monkeypatch, tokens_per_batch=n, **flags) for n in (1, 150)]
@@ -399,18 +378,6 @@ def test_a_prompt_that_depends_on_the_response_is_no_group(loaded: Loaded, monke
     assert encode({"prompt": "a", "chosen": "b", "rejected": "c"}, loaded)["group"] == ([1], [[5], [5]])
     with pytest.raises(reward.BadRow, match="the prompt depends on the response"):
         encode({"prompt": "a", "chosen": "b", "rejected": "long"}, loaded)
-
-
-def test_what_is_measured(loaded: Loaded) -> None:
-    """Tokens of the longest text and the sd of all lengths in characters, 1 where there is none."""
-    pairs = [("b", "four"), ("four", "b"), ("xx", "otter " * 4)]
-    examples = [encode({"prompt": "a", "chosen": x, "rejected": y}, loaded) for x, y in pairs]
-    table = Dataset.from_dict({"example": [json.dumps(e) for e in examples]})
-    prompt, responses = examples[2]["group"]
-    assert reward.measure(table) == (len(prompt) + len(responses[1]), pytest.approx(np.std([1, 4, 4, 1, 2, 24])))
-    assert reward.measure(table.select([])) == (0, 1.0)
-    alike = encode({"prompt": "a", "chosen": "b", "rejected": "c"}, loaded)
-    assert reward.measure(Dataset.from_dict({"example": [json.dumps(alike)]}))[1] == 1.0
 
 
 @pytest.mark.skipif(not HH.is_dir(), reason="the real pairs are not part of the repository")
@@ -582,8 +549,8 @@ def test_the_adapter_starts_as_a_copy_of_the_sft_adapter(run: Start, sft_run: Pa
 def test_a_resumed_run_equals_an_uninterrupted_one(
     run: Start, quant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed in the third of four steps, the covariance of the batch before included: the same bytes at the end."""
-    flags = {"quant": quant, "max_steps": 4, "save_every": 2, "eval_every": 3, "length_coef": 1.0}
+    """Killed in the third of four steps: the same bytes at the end."""
+    flags = {"quant": quant, "max_steps": 4, "save_every": 2, "eval_every": 3}
     whole, folder = run(**flags, output_dir=str(tmp_path / "whole")), tmp_path / "run"
     original = reward.Run.clip_gradients
 
@@ -618,32 +585,11 @@ def test_rankings_train(run: Start, data: Path) -> None:
     assert len({row["id"] for row in rows}) == len(rows) > 3
 
 
-def test_length_coef_takes_the_length_out_of_the_reward(run: Start, tmp_path: Path) -> None:
-    """Where the longer one wins in 9 of 10, the score follows the length, and with the penalty it does not."""
-    rng = random.Random(0)
-    rows = []
-    for i in range(256):
-        short, long = text(rng, rng.randint(1, 4)), text(rng, rng.randint(8, 16))
-        chosen, rejected = (long, short) if rng.random() < 0.9 else (short, long)
-        rows.append({"prompt": f"{i}?", "chosen": chosen, "rejected": rejected})
-    file = write_jsonl(tmp_path / "long.jsonl", rows)
-    correlations = {}
-    for coef in (0.0, 10.0):
-        folder = run(
-            dataset=str(file), length_coef=coef, max_steps=50, epochs=100, batch_size=32, tokens_per_batch=512,
-            output_dir=str(tmp_path / str(coef)),
-        )  # fmt: skip
-        last = read_jsonl(folder / "metrics.jsonl")[-20:]
-        correlations[coef] = float(np.mean([metrics["length_correlation"] for metrics in last]))
-    assert correlations[0.0] > 0.7
-    assert abs(correlations[10.0]) < 0.3
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [8, 1])
 def test_two_processes_equal_one(batch_size: int, base: Path, data: Path, tmp_path: Path) -> None:
     """Sums over processes, also where one has no prompt of the batch; both report once."""
-    flags = {**COMMAND_FLAGS, "dataset": data / "ranks.jsonl", "model": base, "max_steps": 3, "length_coef": 1.0}
+    flags = {**COMMAND_FLAGS, "dataset": data / "ranks.jsonl", "model": base, "max_steps": 3}
     one, two = (launch(n, tmp_path / str(n), {**flags, "batch_size": batch_size}, "reward.py") for n in (1, 2))
     rows = [read_jsonl(folder / "metrics.jsonl") for folder in (two, one)]
     assert len(rows[1]) == 3
