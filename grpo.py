@@ -922,7 +922,7 @@ class Run:
 
         table = pandas.read_json(self.folder / "metrics.jsonl", lines=True).set_index("step")
         shown = table[[key for key in self.curves if key in table]]
-        size = (3.6 * shown.shape[1], 3)
+        size = (4.2 * shown.shape[1], 3)
         shown.plot(subplots=True, layout=(1, -1), figsize=size, style=".-", title=[*shown], legend=False)
         pyplot.savefig(self.folder / "curves.png", dpi=110, bbox_inches="tight")
         pyplot.close()
