@@ -785,7 +785,10 @@ class Run:
             fine = not isinstance(value, int | float) or value > 0 or (value == 0 and name not in ABOVE_ZERO)
             check(fine, f"--{name} {value}: must be above 0{' or 0' * (name not in ABOVE_ZERO)}")
         for tracker in args.report_to or []:
-            check(importlib.util.find_spec(tracker), f"--report_to {tracker}: not installed; pip install {tracker}")
+            check(
+                importlib.util.find_spec(tracker.split(".")[0]),
+                f"--report_to {tracker}: not installed; pip install {tracker}",
+            )
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns that an optional package is missing
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")  # calls between the two
         transformers.utils.logging.disable_progress_bar()
@@ -1172,7 +1175,7 @@ def read_rows(source: str, args: Any) -> Dataset:
     kind = Path(source.removesuffix(".gz")).suffix[1:]
     with reading(f"dataset {source}, split {args.dataset_split}: can't be read"):
         if kind in ("jsonl", "json", "csv", "parquet"):
-            options = {"encoding_errors": "backslashreplace"} if kind == "jsonl" else {}
+            options = {"encoding": "utf-8-sig", "encoding_errors": "backslashreplace"} if kind == "jsonl" else {}
             return load_dataset("text" if kind == "jsonl" else kind, data_files=source, split="train", **options)
         if Path(source, "state.json").is_file():
             return load_from_disk(source)
@@ -1189,7 +1192,9 @@ def load_examples(
     """
     rows, backend = read_rows(source, run.args), getattr(tokenizer, "backend_tokenizer", None)
     lines = rows.column_names == ["text"] and ".jsonl" in source
-    names = dict(pair.split("=")[::-1] for pair in (run.args.columns or "").split(",") if "=" in pair)
+    pairs = [pair.split("=") for pair in (run.args.columns or "").split(",") if pair]
+    check(all(len(pair) == 2 for pair in pairs), f"--columns {run.args.columns}: expected name=column,name=column")
+    names = {column: name for name, column in pairs}
 
     def encode_row(row: dict) -> list[dict]:
         try:

@@ -811,6 +811,14 @@ def test_a_line_is_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert len(examples) == 3 and text in tokenizer.decode(examples[0]["ids"])
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path: Path) -> None:
+    """Windows' editors write one; the first row counts like the others."""
+    file = write_jsonl(tmp_path / "rows.jsonl", WORDS)
+    expected = load(file)
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert load(file) == expected
+
+
 def test_dates_and_big_numbers_stay_as_they_are(tmp_path: Path) -> None:
     """Text that looks like a date is text, in a .jsonl file; a number that no float holds does no harm."""
     row = {"prompt": "2024-01-01", "completion": "2024-01-02T00:00:00", "id": 10**400, "when": "2024-01-01"}
@@ -864,6 +872,8 @@ def test_columns_are_renamed(tmp_path: Path) -> None:
         assert load(file, columns="prompt=question,completion=answer") == expected
     with pytest.raises(sft.UserError, match="found prompt, answer"):
         load(tmp_path / "b.jsonl", columns="prompt=question,completion=reply")
+    with pytest.raises(sft.UserError, match="--columns prompt: expected name=column"):
+        load(tmp_path / "b.jsonl", columns="prompt")
 
 
 def test_a_split_and_a_configuration_of_a_folder(tmp_path: Path) -> None:

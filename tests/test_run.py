@@ -808,7 +808,8 @@ def test_impossible_numbers(name: str, tmp_path: Path) -> None:
 
 def test_a_tracker_that_is_not_installed(run_sft: Run, tmp_path: Path) -> None:
     """Said before training, with what to install."""
-    refused(run_sft, "--report_to wandb_that_is_not_there: not installed", report_to=["wandb_that_is_not_there"])
+    for name in ("wandb_that_is_not_there", "absent.part"):
+        refused(run_sft, f"--report_to {name}: not installed", report_to=[name])
     assert not (tmp_path / "sft").exists()
 
 
