@@ -18,9 +18,9 @@ and the reward model's likelihood of a preference y_w > y_l can be maximised in 
 "the maths" and "more losses" below. Each step:
 
     1. a batch of prompts with their responses and preferences, in flat rows that hold a prompt with all its responses
-    2. log pi_ref of the responses: computed once per data set and cached on disk
+    2. log pi_ref of the responses
     3. log pi_theta of the responses, the loss, its gradient as the mean over the batch's prompts, row by row
-    4. one update of the policy; every --sync_ref_every steps the reference becomes the policy (TR-DPO)
+    4. one update of the policy
 
     python dpo.py                                         # the embedded world in tiny/, a minute on two cores
     python dpo.py --model runs/sft --dataset HuggingFaceH4/ultrafeedback_binarized --dataset_split train_prefs
@@ -30,7 +30,7 @@ Data (hub id, or local .jsonl, .json, .csv, .parquet, folder; one of these colum
     prompt, chosen, rejected      responses as strings or message lists, or whole dialogues that begin with the prompt
     chosen, rejected              two whole dialogues, message lists or hh-rlhf's "\\n\\nHuman: ...\\n\\nAssistant: ..."
     prompt, responses, ranks      K responses and their ranks: 1 = best, equal = tie
-    prompt, completion, label     one response, liked (true, 1) or not (kto); or its reward, a number (dro)
+    prompt, completion, label     one response, liked (true, 1) or not (kto)
 
 Responses sampled while training, and ranked by a reward: grpo.py --method online_dpo.
 
@@ -66,7 +66,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from datasets import Dataset, load_dataset, load_from_disk
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.functional import logsigmoid, softplus
@@ -94,14 +94,13 @@ LOSSES = {
     "sigmoid": Loss("pairs", True, 0.1), "robust": Loss("pairs", True, 0.1), "ipo": Loss("pairs", True, 0.5),
     "hinge": Loss("pairs", True, 0.1), "nca": Loss("pairs", True, 0.1), "apo_zero": Loss("pairs", True, 0.1),
     "apo_down": Loss("pairs", True, 0.1), "sppo": Loss("lists", True, 0.1), "bco": Loss("pairs", True, 0.1),
-    "rdpo": Loss("pairs", True, 0.1), "ld": Loss("pairs", True, 0.1), "tdpo1": Loss("pairs", True, 0.1),
-    "tdpo2": Loss("pairs", True, 0.1), "orpo": Loss("pairs", False, 0.1, 1.0), "simpo": Loss("pairs", False, 2.0),
-    "cpo": Loss("pairs", False, 0.1, 1.0), "kto": Loss("labels", True, 0.1), "dro": Loss("labels", True, 0.1),
+    "rdpo": Loss("pairs", True, 0.1), "ld": Loss("pairs", True, 0.1), "orpo": Loss("pairs", False, 0.1, 1.0),
+    "simpo": Loss("pairs", False, 2.0), "cpo": Loss("pairs", False, 0.1, 1.0), "kto": Loss("labels", True, 0.1),
     "lipo": Loss("lists", True, 0.1), "plackett_luce": Loss("lists", True, 0.1),
 }  # fmt: skip
 LossName = Literal[
-    "sigmoid", "robust", "ipo", "hinge", "nca", "apo_zero", "apo_down", "sppo", "bco", "rdpo", "ld", "tdpo1", "tdpo2",
-    "orpo", "simpo", "cpo", "kto", "dro", "lipo", "plackett_luce",
+    "sigmoid", "robust", "ipo", "hinge", "nca", "apo_zero", "apo_down", "sppo", "bco", "rdpo", "ld",
+    "orpo", "simpo", "cpo", "kto", "lipo", "plackett_luce",
 ]  # fmt: skip
 
 
@@ -135,7 +134,6 @@ class Args:
     eval_samples: int = arg(256, "held-out prompts that are answered before and after training; 0: none")
     max_prompt_length: int = arg(512, "longer prompts are dropped and counted, never cut (tokens)")
     max_response_length: int = arg(512, "longest response (tokens)")
-    cache_dir: str = arg("runs/cache", "where the reference's log-probs of a data set are kept, named by content")
     # loss
     loss: LossName = arg("sigmoid", "see LOSSES: what it learns from, whether it needs the reference")
     beta: float | None = arg(None, "reward per nat of log-ratio (ipo: tau, orpo: lambda); default: the loss's own")
@@ -147,11 +145,9 @@ class Args:
     f_alpha: float = arg(0.5, "--f_divergence alpha: 0 = reverse KL, 1 = forward KL")
     length_alpha: float = arg(0.02, "rdpo: reward that a token of length counts for")
     ld_alpha: float = arg(0.5, "ld: weight of the tokens beyond the shorter response's length; 1: plain DPO")
-    tdpo_alpha: float = arg(0.5, "tdpo2: weight of the difference in sequential KL")
     simpo_gamma: float = arg(1.0, "simpo: margin that the rewards shall differ by")
     desirable_weight: float = arg(1.0, "kto: weight of liked responses")
     undesirable_weight: float = arg(1.0, "kto: weight of the others")
-    sync_ref_every: int = arg(0, "the reference becomes the policy every so many steps; 0: never")
     # optimisation
     learning_rate: float = arg(1e-5, "peak learning rate: linear warm-up, then a cosine down to a tenth")
     warmup_ratio: float = arg(0.05, "share of the steps with rising learning rate")
@@ -342,8 +338,6 @@ class Preferences(NamedTuple):
     """S responses to the prompts of a flat row, P pairs (i better than j) of them, tables (S, T) of their tokens."""
 
     rows: list  # of Row: one; or one per response, for models that can't have several in a row
-    known: bool  # whether the reference's log-probs are given
-    ref_states: list | None  # of each row (n, d), from which tdpo computes pi_ref
     at: tuple[Tensor, Tensor]  # (n,), (n,): where the tables have the rows' supervised tokens
     mask: Tensor  # (S, T), 1 = a real token of the response, its end included
     ref_logprobs: Tensor  # (S, T), 0 where the loss has no reference
@@ -354,12 +348,6 @@ class Preferences(NamedTuple):
     ranks: Tensor  # (S,), 1 = best
     wins: Tensor  # (S,), probability that the response is preferred; or its label
     prompt: Tensor  # (S,), number of the prompt
-    kl: Tensor  # (S,), KL(pi_ref, pi) summed over the response's tokens (tdpo)
-    values: Tensor  # (S,), V(x) (dro)
-
-    def table(self, x: Tensor) -> Tensor:
-        """Values of the rows' tokens (n,) -> (S, T), 0 where there is no token."""
-        return x.new_zeros(self.mask.shape).index_put(self.at, x)
 
 
 def preference_loss(logprobs: Tensor, batch: Preferences, baseline: float, args: Any) -> Tensor:
@@ -373,7 +361,7 @@ def preference_loss(logprobs: Tensor, batch: Preferences, baseline: float, args:
     def pick(x: Tensor) -> tuple[Tensor, Tensor]:  # of the better and of the worse response of each pair
         return x.index_select(0, batch.better), x.index_select(0, batch.worse)
 
-    (h_w, h_l), (n_w, n_l), (kl_w, kl_l) = pick(log_ratio), pick(lengths), pick(batch.kl)
+    (h_w, h_l), (n_w, n_l) = pick(log_ratio), pick(lengths)
     (logprob_w, logprob_l), (mean_w, mean_l) = pick(logprob), pick(logprob / lengths)
     if args.f_divergence != "reverse_kl":
         h_w, h_l = (divergence_score(h, args.f_divergence, args.f_alpha) for h in (h_w, h_l))
@@ -392,15 +380,12 @@ def preference_loss(logprobs: Tensor, batch: Preferences, baseline: float, args:
         "bco": lambda: bco_loss(h_w, h_l, beta, baseline),
         "rdpo": lambda: rdpo_loss(h_w, h_l, n_w - n_l, beta, args.length_alpha),
         "ld": lambda: dpo_loss(h_w, h_l, beta, 0.0),
-        "tdpo1": lambda: tdpo_loss(h_w, h_l, kl_w, kl_l, beta, None),
-        "tdpo2": lambda: tdpo_loss(h_w, h_l, kl_w, kl_l, beta, args.tdpo_alpha),
         "orpo": lambda: orpo_loss(mean_w, mean_l, beta),
         "simpo": lambda: simpo_loss(mean_w, mean_l, beta, args.simpo_gamma, smoothing),
         "cpo": lambda: cpo_loss(logprob_w, logprob_l, beta, smoothing),
         "kto": lambda: kto_loss(
             log_ratio, batch.wins, baseline, beta, args.desirable_weight, args.undesirable_weight
         ),
-        "dro": lambda: dro_loss(log_ratio, batch.values, batch.wins, beta) / beta,
         "sppo": lambda: 2 * batch.share * sppo_loss(log_ratio, batch.wins, beta),  # any K counts as a pair
         "lipo": lambda: lipo_loss(beta * log_ratio, batch.wins, batch.prompt),
         "plackett_luce": lambda: plackett_luce_loss(beta * log_ratio, batch.ranks, batch.prompt),
@@ -415,86 +400,63 @@ def main(args: Args) -> None:
     """Direct preference optimisation, and its family (dpo.py)."""
     run = Run(args, "dpo", CURVES)
     settle_loss(args)
-    kind = LOSSES[args.loss]
 
-    # Roles, data, the reference's log-probs, optimisers
+    # Roles, data, optimiser
     model, tokenizer, stop_ids, adapter = load_model(args, run.device)
     model = add_adapter(model, "policy", adapter, args)
-    if adapter or args.sync_ref_every:  # a bare base that stays the reference is the model with the adapters off
+    if adapter:  # a bare base is its own reference, with the adapters off
         add_adapter(model, "reference", adapter, args)
-    if adapter and args.sync_ref_every:  # the reference that evaluation compares with does not move
-        add_adapter(model, "start", adapter, args)
-    start_name = "start" if args.sync_ref_every else "reference"
-    value_head = add_value_head(model, adapter, args) if args.loss == "dro" else None
     args.gold_fn = args.gold_fn or (f"{TINY / 'annotator.py'}:gold" if args.dataset == Args.dataset else None)
     gold = load_function(args.gold_fn) if args.gold_fn else None
     examples, held = load_data(COLUMNS, encode_example, tokenizer, stop_ids, run)
     check_positions(model, min(max(examples["length"]), args.max_prompt_length + args.max_response_length))
     heldout = take(held, range(len(held)))
     prompts = heldout_prompts(heldout, tokenizer, run)
-    references: list[Tensor] = []
-    if kind.reference and not args.loss.startswith("tdpo"):
-        for e, logprobs in zip(heldout, reference_logprobs(model, held, run) if heldout else [], strict=True):
-            e["ref_logprobs"] = logprobs
-        references = [] if args.sync_ref_every else reference_logprobs(model, examples, run)
-    policy, reference, critic = (adapter_weights(model, name) for name in ("policy", "reference", "critic"))
-    critic += list(value_head.parameters()) if value_head else []
-    weights = policy + critic + (reference if args.sync_ref_every else [])
-    optimizers = [make_optimizer(of_role, args) for of_role in (policy, critic) if of_role]
+    weights = [p for name, p in model.named_parameters() if ".policy." in name]
+    optimizer = make_optimizer(weights, args)
     total_steps = math.ceil(args.epochs * len(examples) / args.batch_size)
     total_steps = min(total_steps, args.max_steps or total_steps)
-    memory = {"baseline": 0.0}  # kto: an estimate of the KL; bco: the mean reward
+    baseline = torch.zeros((), dtype=torch.float64)  # kto: an estimate of the KL; bco: the mean reward
 
     def judge() -> tuple[dict, dict]:
-        """(metrics on held-out preferences, responses to held-out prompts), against the reference of the start."""
-        measured = measure_preferences(model, value_head, heldout, memory["baseline"], start_name, run)
-        return measured, answer(model, tokenizer, stop_ids, prompts, gold, start_name, args) if prompts else {}
+        """(metrics on held-out preferences, responses to held-out prompts)"""
+        measured = measure_preferences(model, heldout, baseline.item(), run)
+        return measured, answer(model, tokenizer, stop_ids, prompts, gold, args) if prompts else {}
 
     before, answers = judge()
     check_start(before, args)
     after: tuple[dict, dict] | None = None
 
-    for step in run.steps(total_steps, weights, optimizers, memory):
+    for step in run.steps(total_steps, [*weights, baseline], [optimizer]):
         start = time.time()
 
-        # 1. A batch of prompts with their responses and preferences, 2. log pi_ref: from the cache, or below
-        numbers = batch_indices(step, examples["length"], args.batch_size, args.seed)
-        batch = take(examples, numbers)
-        for e, i in zip(batch, numbers if references else [], strict=False):
-            e["ref_logprobs"] = references[i]
+        # 1. A batch of prompts with their responses and preferences, in flat rows
+        batch = take(examples, batch_indices(step, examples["length"], args.batch_size, args.seed))
         if args.loss == "kto":
-            memory["baseline"] = mismatched_kl(model, batch, "reference", run)
-
-        # 3. The loss and its gradient, as the mean over the prompts of the whole batch, row by row
-        sums = torch.zeros(len(SUMS), device=run.device)
+            baseline.fill_(mismatched_kl(model, batch, run))
+        sums = torch.zeros(len(METRICS), 2, device=run.device)
         for row in collate(batch[run.rank :: run.world], model, args):
-            row = ask_frozen_roles(model, value_head, row, "reference", args)
-            with role(model, "policy", grad=True):
-                logprobs, row = policy_logprobs(model, row)
-                loss = preference_loss(logprobs, row, memory["baseline"], args) / args.batch_size
-                loss.backward()
-            logprobs = logprobs.detach()
-            if value_head:
-                with role(model, "critic", grad=True):
-                    value_loss = critic_loss(model, value_head, logprobs, row, args) / args.batch_size
-                    value_loss.backward()
-            sums += preference_sums(loss.detach() * args.batch_size, logprobs, row, args)
-        metrics = {"step": step, **preference_metrics(run.total(*sums.tolist()), args)}
-        metrics |= {"baseline": memory["baseline"]} if args.loss in ("kto", "bco") else {}
-        if args.loss == "bco":  # the mean reward, as a moving average over batches
-            mean_reward = (metrics["chosen_reward"] + metrics["rejected_reward"]) / 2
-            memory["baseline"] = 0.9 * memory["baseline"] + 0.1 * mean_reward
+            # 2. log pi_ref
+            if LOSSES[args.loss].reference:
+                with role(model, "reference"):
+                    row = row._replace(ref_logprobs=logprob_table(model, row))
 
-        # 4. The update; the reference becomes the policy
-        learning_rate, norms = learning_rate_at(step, total_steps, args.learning_rate, args.warmup_ratio), []
-        for optimizer in optimizers:
-            norms.append(run.clip_gradients(optimizer, learning_rate))
-            optimizer.step()
-            optimizer.zero_grad()
-        metrics |= {"grad_norm": norms[0], "learning_rate": learning_rate}
-        if args.sync_ref_every and (step + 1) % args.sync_ref_every == 0:
-            for p, weight in zip(reference, policy, strict=True):
-                p.data.copy_(weight.data)
+            # 3. log pi_theta, the loss and its gradient, as the mean over the prompts of the whole batch
+            with role(model, "policy", grad=True):
+                logprobs = logprob_table(model, row)
+                loss = preference_loss(logprobs, row, baseline.item(), args)
+                (loss / args.batch_size).backward()
+            sums += preference_sums(loss.detach(), logprobs.detach(), row, args)
+        metrics = {"step": step, **preference_metrics(sums, run)}
+        metrics |= {"baseline": baseline.item()} if args.loss in ("kto", "bco") else {}
+        if args.loss == "bco":  # the mean reward, as a moving average over batches
+            baseline.mul_(0.9).add_(0.1 * (metrics["chosen_reward"] + metrics["rejected_reward"]) / 2)
+
+        # 4. The update
+        learning_rate = learning_rate_at(step, total_steps, args.learning_rate, args.warmup_ratio)
+        metrics |= {"grad_norm": run.clip_gradients(optimizer, learning_rate), "learning_rate": learning_rate}
+        optimizer.step()
+        optimizer.zero_grad()
 
         # 5. Log, evaluate
         seconds, tokens = time.time() - start, sum(e["length"] for e in batch)
@@ -519,10 +481,9 @@ COLUMNS = [
 CURVES = ("loss", "accuracy", "margin", "chosen_logprob", "rejected_logprob", "heldout_accuracy", "heldout_gold")
 SMOOTHED = ("sigmoid", "robust", "simpo", "cpo")  # losses with --label_smoothing
 DIVERGENT = ("sigmoid", "robust", "hinge", "rdpo")  # losses with --f_divergence: those of a difference of rewards
-SUMS = (  # what preference_metrics needs, in preference_sums' order
-    "loss", "won", "pairs", "kl", "prompts",
-    "chosen", "chosen_reward", "chosen_logprob", "chosen_length",
-    "rejected", "rejected_reward", "rejected_logprob", "rejected_length",
+METRICS = (  # in preference_sums' order
+    "loss", "accuracy", "ref_kl", "chosen_reward", "chosen_logprob", "chosen_length", "rejected_reward",
+    "rejected_logprob", "rejected_length",
 )  # fmt: skip
 Group = tuple[list[int], list[list[int]]]  # prompt ids and the ids of the responses to it
 HEAD_KEY = "base_model.model.score.weight"  # where AutoModelForSequenceClassification + PEFT look for a reward head
@@ -633,21 +594,6 @@ def length_desensitised(x: Tensor, mask: Tensor, shared_length: Tensor, ld_alpha
     return (x * mask * torch.where(beyond, ld_alpha, 1.0)).sum(1)
 
 
-def tdpo_loss(
-    chosen: Tensor, rejected: Tensor, chosen_kl: Tensor, rejected_kl: Tensor, beta: float, alpha: float | None
-) -> Tensor:
-    """tdpo1, tdpo2: -log sigma(r_w - r_l - a beta (KL_l - KL_w)), KL: the sum over y of KL(pi_ref, pi) at its tokens.
-
-    Zeng et al. 2024 (token-level DPO), eq. 17 (alpha None: a = 1) and eq. 20 (KL_w without gradient).
-
-    >>> zero, five = torch.tensor([0.0]), torch.tensor([5.0])
-    >>> tdpo_loss(five, -five, zero, 2 * five, 0.1, None), tdpo_loss(five, -five, zero, 2 * five, 0.1, 0.0)
-    (tensor([0.6931]), tensor([0.3133]))
-    """
-    margin = rejected_kl - chosen_kl if alpha is None else alpha * (rejected_kl - chosen_kl.detach())
-    return bradley_terry_loss(beta * chosen, beta * rejected, beta * margin, 0.0)
-
-
 def divergence_score(log_ratio: Tensor, divergence: str, alpha: float) -> Tensor:
     """f'(pi/pi_ref) up to a constant, which takes the log-ratio's place when a divergence D_f replaces the KL penalty.
 
@@ -667,18 +613,6 @@ def divergence_score(log_ratio: Tensor, divergence: str, alpha: float) -> Tensor
         line = math.exp(20) * (x - 19) - 1  # the tangent goes on above 20: gradients of e^x would overflow
         return -torch.where(x < 20, torch.expm1(x.clamp(max=20)), line) / alpha
     return log_ratio
-
-
-def dro_loss(log_ratio: Tensor, values: Tensor, rewards: Tensor, beta: float) -> Tensor:
-    """dro: 1/2 (reward - V(x) - beta log-ratio)^2 per response (S,): both sides of the optimum's equation meet.
-
-    Richemond et al. 2024 (DRO-V, arXiv 2405.19107), tau = beta. For the policy it is divided by beta, which leaves its
-    gradient -(reward - V) grad log pi at the start.
-
-    >>> dro_loss(torch.tensor([5.0]), torch.tensor([0.1]), torch.tensor([1.0]), 0.1)  # (1 - 0.1 - 0.5)^2 / 2
-    tensor([0.0800])
-    """
-    return 0.5 * (rewards - values - beta * log_ratio) ** 2
 
 
 def lipo_loss(rewards: Tensor, relevance: Tensor, prompt: Tensor) -> Tensor:
@@ -755,22 +689,18 @@ def run_cli(main: Callable[[Any], None], args_class: Any) -> None:
 
 def settle_loss(args: Args) -> None:
     """Fill in what follows from --loss; flags that have no part in it are a mistake."""
-    kind, loss = LOSSES[args.loss], f"--loss {args.loss}"
+    kind, loss, smoothing = LOSSES[args.loss], f"--loss {args.loss}", args.label_smoothing
     args.beta = kind.beta if args.beta is None else args.beta
     args.nll_coef = kind.nll_coef if args.nll_coef is None else args.nll_coef
-    smoothing, reverse = args.label_smoothing, args.f_divergence == "reverse_kl"
-    smoothed, divergent = ", ".join(SMOOTHED), ", ".join(DIVERGENT)
-    for fine, message in (
-        (args.beta > 0, f"--beta {args.beta}: must be above 0"),
-        (args.lora_r != 0, "--lora_r 0: DPO trains LoRA adapters only; use a rank of at least 1"),
-        (not smoothing or args.loss in SMOOTHED, f"--label_smoothing has no part in {loss}, but in {smoothed}"),
-        (smoothing < 0.5, f"--label_smoothing {smoothing}: a share of wrong labels, at least 0 and below 0.5"),
-        (reverse or args.loss in DIVERGENT, f"--f_divergence has no part in {loss}, but in {divergent}"),
-        (args.f_alpha <= 1, f"--f_alpha {args.f_alpha}: from 0 (reverse KL) to 1 (forward KL)"),
-        (kind.reference or not args.sync_ref_every, f"--sync_ref_every: {loss} has no reference"),
-        (args.loss != "kto" or args.batch_size > 1, "--batch_size 1: kto's KL estimate needs another prompt"),
-    ):
-        check(fine, message)
+    check(args.beta > 0, f"--beta {args.beta}: must be above 0")
+    check(args.lora_r != 0, "--lora_r 0: DPO trains LoRA adapters only; use a rank of at least 1")
+    smoothed = args.loss in SMOOTHED or not smoothing
+    check(smoothed, f"--label_smoothing has no part in {loss}, but in {', '.join(SMOOTHED)}")
+    check(smoothing < 0.5, f"--label_smoothing {smoothing}: a share of wrong labels, at least 0 and below 0.5")
+    divergent = args.loss in DIVERGENT or args.f_divergence == "reverse_kl"
+    check(divergent, f"--f_divergence has no part in {loss}, but in {', '.join(DIVERGENT)}")
+    check(args.f_alpha <= 1, f"--f_alpha {args.f_alpha}: from 0 (reverse KL) to 1 (forward KL)")
+    check(args.loss != "kto" or args.batch_size > 1, "--batch_size 1: kto's KL estimate needs another prompt")
 
 
 # ----------------------------------------------------------------------------------------------------------- run folder
@@ -820,12 +750,11 @@ class Run:
         check(math.isfinite(norm), f"step {self.step + 1}: the loss or its gradient is not finite ({norm}); {cause}")
         return norm
 
-    def steps(self, total_steps: int, weights: list, optimizers: list, extra: dict | None = None) -> Iterator[int]:
+    def steps(self, total_steps: int, tensors: list, optimizers: list) -> Iterator[int]:
         """The steps to be done, after --resume those that are left; each --save_every steps, after Ctrl-C or SIGTERM
-        (once more: stop at once) and at the end a checkpoint with weights, optimizers and the numbers in `extra`."""
+        (once more: stop at once) and at the end a checkpoint with the state of these tensors and optimizers."""
         self.total_steps, self.settings = total_steps, {**asdict(self.args), "data": self.data}
-        extra = {} if extra is None else extra
-        self.first_step = self.load_checkpoint(weights, optimizers, extra) if self.args.resume else 0
+        self.first_step = self.load_checkpoint(tensors, optimizers) if self.args.resume else 0
         self.loop_began = time.time()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.interrupt)
@@ -835,7 +764,7 @@ class Run:
             stopped = self.total(self.interrupted)[0] > 0
             if self.main and (stopped or done % self.args.save_every == 0 or done == total_steps):
                 states = [optimizer.state_dict() for optimizer in optimizers]
-                self.save({"step": done, "weights": weights, "optimizers": states, "extra": extra})
+                self.save({"step": done, "tensors": tensors, "optimizers": states})
             check(not stopped, f"stopped after step {done} of {total_steps}; add --resume to go on from there")
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler)
@@ -846,19 +775,18 @@ class Run:
         signal.signal(number, signal.default_int_handler)
         print(f"\n{self.stage}: stopping after step {self.step + 1}; once more to stop at once", flush=True)
 
-    def load_checkpoint(self, weights: list, optimizers: list, extra: dict) -> int:
-        """Put checkpoint.pt's state into weights, optimizers and `extra`, cut later lines off; -> the next step."""
+    def load_checkpoint(self, tensors: list, optimizers: list) -> int:
+        """Put checkpoint.pt's state into tensors and optimizers, cut later lines off; -> the next step."""
         with reading(f"--resume: no checkpoint in {self.folder}; start without"):
             recorded = json.loads((self.folder / "args.json").read_text())
             state = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
         changed = {k: v for k, v in self.settings.items() if recorded.get(k) != v and k not in MAY_CHANGE}
         flags = ", ".join(f"--{k} {v} (was {recorded.get(k)})" for k, v in changed.items())
         check(not changed, f"--resume: {self.folder} was started with other settings (data: rows): {flags}")
-        for weight, saved in zip(weights, state["weights"], strict=True):
-            weight.data.copy_(saved)
+        for tensor, saved in zip(tensors, state["tensors"], strict=True):
+            tensor.data.copy_(saved)
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        extra.update(state["extra"])
         for path in self.folder.glob("*.jsonl") if self.main else []:
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] < state["step"]]
@@ -1111,20 +1039,6 @@ def save_model(folder: Path, model: Any, name: str, tokenizer: Any, stop_ids: li
     for path in folder.glob("*.safetensors"):  # safetensors lets nobody else read what it writes
         shutil.copymode(folder / "tokenizer_config.json", path)
     GenerationConfig(eos_token_id=stop_ids, pad_token_id=tokenizer.pad_token_id).save_pretrained(folder)
-
-
-def add_value_head(model: Any, adapter: str | None, args: Any) -> nn.Linear:
-    """V(x) of dro: the adapter "critic", which starts as the policy's, and a head of zeros; returns the head."""
-    add_adapter(model, "critic", adapter, args)
-    head = nn.Linear(model.config.hidden_size, 1, device=model.device, dtype=torch.float32)
-    nn.init.zeros_(head.weight)
-    nn.init.zeros_(head.bias)
-    return head
-
-
-def adapter_weights(model: Any, name: str) -> list[nn.Parameter]:
-    """The tensors of one adapter."""
-    return [p for n, p in model.named_parameters() if f".{name}." in n]
 
 
 def load_function(spec: str) -> Callable:
@@ -1445,31 +1359,28 @@ def describe(messages: list[dict], texts: list[str], *how: Any) -> dict:
     return {"group": group, "texts": texts, "prompt": prompt, "key": json.dumps(users[:1]), "length": length}
 
 
-def encode_label(row: dict, binary: bool, tokenizer: Any, *how: Any) -> list[dict]:
+def encode_label(row: dict, tokenizer: Any, *how: Any) -> list[dict]:
     """One row with a single labelled response -> [{..., "ranks": [1], "wins": [label]}]."""
-    label, answer = row["label"], row["completion"]
-    if not isinstance(label, bool | int | float) or not abs(label) < 1e30:
-        raise BadRow("the label is neither true, false nor a number", repr(label)[:40])
-    if binary and label not in (0, 1):
-        raise BadRow("the label is neither 0 nor 1", repr(label)[:40])
+    answer = row["completion"]
+    if row["label"] not in (0, 1):
+        raise BadRow("the label is neither 0 nor 1", repr(row["label"])[:40])
     answer = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
     messages = [*to_messages(row, row["prompt"], tokenizer), *to_messages({}, answer, tokenizer)]
     if messages[-1]["role"] != "assistant":
         raise BadRow("no dialogue that ends with an assistant turn")
-    return [
-        {**describe(messages[:-1], [messages[-1]["content"]], tokenizer, *how), "ranks": [1], "wins": [float(label)]}
-    ]
+    example = describe(messages[:-1], [messages[-1]["content"]], tokenizer, *how)
+    return [{**example, "ranks": [1], "wins": [float(row["label"])]}]
 
 
-def encode_example(row: dict, tokenizer: Any, stop_ids: list[int], args: Any) -> list[dict]:
-    """One row of any of the column sets, if --loss can learn from it: from labels; and from 0 and 1 only (kto)."""
+def encode_example(row: dict, *how: Any) -> list[dict]:
+    """One row of any of the column sets, if --loss can learn from it."""
     given = {name for name, value in row.items() if value is not None}
-    labels = LOSSES[args.loss].data == "labels"
+    labels = LOSSES[how[-1].loss].data == "labels"
     if not ({"chosen", "rejected"} <= given or {"responses", "ranks"} <= given):
         if not labels:
-            raise BadRow("one labelled response, which --loss kto or dro learn from")
-        return encode_label(row, args.loss == "kto", tokenizer, stop_ids, args)
-    examples = encode_preference(row, tokenizer, stop_ids, args)
+            raise BadRow("one labelled response, which --loss kto learns from")
+        return encode_label(row, *how)
+    examples = encode_preference(row, *how)
     if labels and len(examples[0]["ranks"]) > 2:
         raise BadRow("a ranking of more than two, which --loss plackett_luce, lipo, sppo or those of pairs learn from")
     return examples
@@ -1630,11 +1541,6 @@ def token_logprobs(
         return chunked_logprobs(partial(lm_logits, model), states, row.targets, temperature, size, entropy_grad)
 
 
-def values_of(model: Any, head: nn.Linear, row: Row) -> Tensor:
-    """V (n,): the head applied, in fp32, to the state before each response token, in the active role."""
-    return head(hidden_states(model, row).index_select(0, row.before).float()).squeeze(-1)
-
-
 def preference_passes(examples: list[dict], model: Any, args: Any) -> list[tuple[list[dict], list[Row]]]:
     """Examples in passes that hold all responses of their prompts: one row of some prompts each, or where prompts can't
     share a row the rows of one prompt."""
@@ -1663,7 +1569,7 @@ def win_shares(ranks: Sequence[float]) -> list[float]:
 
 
 def collate(examples: list[dict], model: Any, args: Any) -> list[Preferences]:
-    """Examples as rows of whole groups, with their pairs and tables; "ref_logprobs" (n,) are theirs where known."""
+    """Examples as rows of whole groups, with their pairs and tables; the reference's log-probs are still 0."""
     batches = []
     for some, rows in preference_passes(examples, model, args):
         rows = sorted(rows, key=lambda row: row.numbers)  # the responses in the order of the examples
@@ -1675,220 +1581,124 @@ def collate(examples: list[dict], model: Any, args: Any) -> list[Preferences]:
             wins = e["wins"] if "wins" in e else win_shares(e["ranks"])
             responses += [(1 / k, rank, win, number) for rank, win in zip(e["ranks"], wins, strict=True)]
         lengths = torch.tensor([len(y) for e in some for y in e["group"][1]])
-        mask, zeros = (torch.arange(int(lengths.max())) < lengths[:, None]).long(), torch.zeros(len(lengths))
-        ref_logprobs, known = torch.zeros(mask.shape), "ref_logprobs" in some[0]
-        if known:
-            ref_logprobs[mask.bool()] = torch.cat([e["ref_logprobs"] for e in some])
+        mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
         columns = [*zip(*(pairs or [(0, 0, 0.0)]), strict=True), *zip(*responses, strict=True)]
-        tensors = [*mask.nonzero(as_tuple=True), mask, ref_logprobs, *map(torch.tensor, columns), zeros, zeros]
+        tensors = [*mask.nonzero(as_tuple=True), mask, torch.zeros(mask.shape), *map(torch.tensor, columns)]
         row, place, *others = (x.to(model.device) for x in tensors)
-        batches.append(Preferences(rows, known, None, (row, place), *others))
+        batches.append(Preferences(rows, (row, place), *others))
     return batches
 
 
 # --------------------------------------------------------------------------------- log-probs, loss and metrics of a row
-def example_logprobs(model: Any, who: str, examples: list[dict], args: Any) -> list[Tensor]:
-    """log pi of all response tokens of each example, (n,), in the role `who`, without gradients."""
-    found: dict[int, Tensor] = {}
+def logprob_table(model: Any, batch: Preferences) -> Tensor:
+    """Log-probs (S, T) of the responses in the active role, 0 where there is no token."""
+    logprobs = torch.cat([token_logprobs(model, row)[0] for row in batch.rows])
+    return logprobs.new_zeros(batch.mask.shape).index_put(batch.at, logprobs)
+
+
+def response_logprobs(model: Any, who: str, pairs: list[tuple[list[int], list[int]]], args: Any) -> Tensor:
+    """log pi(y|x) (S,) of pairs (x, y) in the role `who`, without gradients."""
+    prompts, responses = [x for x, _ in pairs], [y for _, y in pairs]
+    sums = torch.zeros(len(pairs), device=model.device)
     with role(model, who):
-        for some, rows in preference_passes(examples, model, args):
-            rows = sorted(rows, key=lambda row: row.numbers)
-            logprobs = torch.cat([token_logprobs(model, row)[0] for row in rows])
-            sizes = [sum(map(len, e["group"][1])) for e in some]
-            found |= {id(e): x for e, x in zip(some, logprobs.split(sizes), strict=True)}
-    return [found[id(e)] for e in examples]
+        for row in flat_rows([[i] for i in range(len(pairs))], prompts, responses, model, args.tokens_per_batch):
+            sums.index_add_(0, row.at[0], token_logprobs(model, row)[0])
+    return sums
 
 
-def reference_logprobs(model: Any, examples: Dataset, run: Run) -> list[Tensor]:
-    """log pi_ref of all response tokens of each example, (n,) on the CPU: from a file in --cache_dir, or computed once
-    and written there. The file's name is a hash of all that decides them: base, adapter, precision, rows, token ids."""
-    args, config = run.args, model.peft_config.get("reference")
-    base, commit = model.config._name_or_path, getattr(model.config, "_commit_hash", None)
-    files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(Path(base).glob("*.safetensors"))]
-    settings = [base, commit, args.revision, files, args.quant, args.dtype, run.device.type, args.tokens_per_batch]
-    digest = hashlib.sha256(json.dumps([*settings, config and config.to_dict()], default=sorted).encode())
-    for weight in adapter_weights(model, "reference"):
-        digest.update(weight.detach().float().cpu().numpy().tobytes())
-    digest.update("".join(examples["example"]).encode())
-    path = Path(args.cache_dir) / f"ref_logprobs_{digest.hexdigest()[:16]}.safetensors"
-    with contextlib.suppress(Exception):  # whatever a missing or damaged file raises
-        kept = load_file(path)
-        print(f"reference: {len(kept['logprobs'])} log-probs from {path}")
-        return list(kept["logprobs"].split(kept["sizes"].tolist()))
-    parts, sizes = [], []
-    for number, i in enumerate(tqdm(range(0, len(examples), 256), desc="reference log-probs", disable=None)):
-        some = take(examples, range(i, min(i + 256, len(examples))))  # of all at once the rows would fill the memory
-        tokens = [sum(map(len, e["group"][1])) for e in some]
-        mine = number % run.world == run.rank
-        parts += example_logprobs(model, "reference", some, args) if mine else [torch.zeros(sum(tokens)).to(run.device)]
-        sizes += tokens
-    logprobs = run.processes.reduce(torch.cat(parts), "sum").cpu()
-    if run.main:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"logprobs": logprobs, "sizes": torch.tensor(sizes)}, path.with_suffix(".tmp"))
-        path.with_suffix(".tmp").replace(path)
-        print(f"reference: {len(logprobs)} log-probs of {len(examples)} examples computed, kept in {path}")
-    return list(logprobs.split(sizes))
-
-
-def mismatched_groups(batch: list[dict]) -> list[dict]:
+def mismatched_pairs(batch: list[dict]) -> list[tuple[list[int], list[int]]]:
     """Each prompt with the responses of the next example of the batch that has another prompt (KTO's z_0)."""
-    groups = []
+    pairs = []
     for k, e in enumerate(batch):
-        others = [*batch[k + 1 :], *batch[:k]]
-        groups += [{"group": (e["group"][0], o["group"][1])} for o in others if o["key"] != e["key"]][:1]
-    return groups
+        others = [o for o in [*batch[k + 1 :], *batch[:k]] if o["key"] != e["key"]]
+        pairs += [(e["group"][0], y) for o in others[:1] for y in o["group"][1]]
+    return pairs
 
 
-def mismatched_kl(model: Any, batch: list[dict], who: str, run: Run) -> float:
-    """KTO's estimate of KL(pi, pi_ref) in nats per response: the mean log-ratio of mismatched responses, at least 0.
-    `who` is the role that is the reference."""
-    groups = mismatched_groups(batch)[run.rank :: run.world]
-    policy, reference = (example_logprobs(model, name, groups, run.args) for name in ("policy", who))
-    ratio = (torch.cat(policy).sum() - torch.cat(reference).sum()).item() if groups else 0.0
-    total, n = run.total(ratio, sum(len(e["group"][1]) for e in groups))
+def mismatched_kl(model: Any, batch: list[dict], run: Run) -> float:
+    """KTO's estimate of KL(pi, pi_ref) in nats per response: the mean log-ratio of mismatched responses, at least 0."""
+    pairs = mismatched_pairs(batch)[run.rank :: run.world]
+    policy, reference = (response_logprobs(model, who, pairs, run.args) for who in ("policy", "reference"))
+    total, n = run.total((policy - reference).sum().item(), len(pairs))
     return max(total / n, 0.0) if n else 0.0
-
-
-def ask_frozen_roles(model: Any, value_head: Any, batch: Preferences, who: str, args: Any) -> Preferences:
-    """What a loss needs of other roles than the policy, and the cache doesn't have; `who` is the reference."""
-    if args.loss.startswith("tdpo"):  # the whole distribution at every token: kept as states, not as logits
-        with role(model, who):
-            states = [hidden_states(model, row).index_select(0, row.before) for row in batch.rows]
-        return batch._replace(ref_states=states)
-    if LOSSES[args.loss].reference and not batch.known:
-        with role(model, who):
-            batch = batch._replace(ref_logprobs=policy_logprobs(model, batch)[0])
-    if value_head is not None:
-        with role(model, "critic"):
-            batch = batch._replace(values=prompt_values(model, value_head, batch))
-    return batch
-
-
-def policy_logprobs(model: Any, batch: Preferences) -> tuple[Tensor, Preferences]:
-    """log pi (S, T) in the active role; tdpo: the reference's too, and KL(pi_ref, pi), in the batch."""
-    if batch.ref_states is None:
-        return batch.table(torch.cat([token_logprobs(model, row)[0] for row in batch.rows])), batch
-    parts = [logprobs_and_kl(model, *pair) for pair in zip(batch.rows, batch.ref_states, strict=True)]
-    logprobs, ref_logprobs, kl = (batch.table(torch.cat(values)) for values in zip(*parts, strict=True))
-    return logprobs, batch._replace(ref_logprobs=ref_logprobs, kl=kl.sum(1))
-
-
-def logprobs_and_kl(model: Any, row: Row, ref_states: Tensor) -> tuple[Tensor, ...]:
-    """(n,) each: log-probs under the active role and the reference, KL(pi_ref, pi) at each supervised token.
-
-    ref_states (n, d) predict the tokens under the reference; logits are computed in chunks, and again in backward.
-    """
-
-    def one_chunk(h: Tensor, ref_h: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-        logp, ref_logp = (lm_logits(model, x).float().log_softmax(-1) for x in (h, ref_h))
-        of_target = [x.gather(-1, target[:, None]).squeeze(-1) for x in (logp, ref_logp)]
-        return *of_target, (ref_logp.exp() * (ref_logp - logp)).sum(-1)
-
-    size, states = max(128, 2**23 // model.config.vocab_size), hidden_states(model, row).index_select(0, row.before)
-    chunks = zip(states.split(size), ref_states.split(size), row.targets.split(size), strict=True)
-    parts = [checkpoint(one_chunk, *chunk, use_reentrant=False) for chunk in chunks]
-    return tuple(torch.cat(values) for values in zip(*parts, strict=True))
-
-
-def prompt_values(model: Any, head: nn.Linear, batch: Preferences) -> Tensor:
-    """V(x) of each response's prompt (S,) in the active role: the value that stands before its first token."""
-    return batch.table(torch.cat([values_of(model, head, row) for row in batch.rows]))[:, 0]
-
-
-def critic_loss(model: Any, head: nn.Linear, logprobs: Tensor, batch: Preferences, args: Any) -> Tensor:
-    """dro's loss of the critic, whose role is active, summed over the prompts of a row."""
-    log_ratio, values = (logprobs - batch.ref_logprobs).sum(1), prompt_values(model, head, batch)
-    return (batch.share * dro_loss(log_ratio, values, batch.wins, args.beta)).sum()
 
 
 def roles_in_pairs(batch: Preferences, args: Any) -> tuple[Tensor, Tensor]:
     """How much each response (S,) counts as a chosen one, and as a rejected one; each prompt counts 1 in all.
 
-    Labels: chosen is a label above 1/2, for dro's rewards too.
+    With labels the liked ones are the chosen, the others the rejected.
     """
     if LOSSES[args.loss].data == "labels":
-        liked = (batch.wins > 0.5).float()
-        return batch.share * liked, batch.share * (1 - liked)
+        return batch.share * batch.wins, batch.share * (1 - batch.wins)
     zeros = torch.zeros_like(batch.share)
     return zeros.index_add(0, batch.better, batch.weight), zeros.index_add(0, batch.worse, batch.weight)
 
 
 def preference_sums(loss: Tensor, logprobs: Tensor, batch: Preferences, args: Any) -> Tensor:
-    """The SUMS over the prompts of a row; `chosen` and `rejected` are the weights that the next three have."""
-    chosen, rejected = roles_in_pairs(batch, args)
-    lengths, logprob = batch.mask.sum(1).float(), logprobs.sum(1)
+    """(M, 2): each of METRICS summed over the prompts of a row, and the weight of what was summed."""
+    lengths, logprob, responses = batch.mask.sum(1).float(), logprobs.sum(1), batch.share.sum()
     if LOSSES[args.loss].reference:
         rewards = args.beta * (logprobs - batch.ref_logprobs).sum(1)
     else:  # simpo, orpo: the log-prob per token; cpo: the log-prob
         rewards = args.beta * logprob / (1 if args.loss == "cpo" else lengths)
     d = (rewards[batch.better] - rewards[batch.worse]).round(decimals=5)  # what differs by rounding alone is tied
-    won = (batch.weight * torch.heaviside(d, torch.full_like(d, 0.5))).sum()
-    kl = (old_new_kl(logprobs, batch.ref_logprobs) * batch.mask).sum(1)
-    sums = [u @ x for u in (chosen, rejected) for x in (torch.ones_like(rewards), rewards, logprob, lengths)]
-    return torch.stack([loss, won, batch.weight.sum(), batch.share @ kl, batch.share.sum(), *sums])
+    won = batch.weight @ torch.heaviside(d, torch.full_like(d, 0.5))
+    kl = batch.share @ (old_new_kl(logprobs, batch.ref_logprobs) * batch.mask).sum(1)
+    sums = [(loss, responses), (won, batch.weight.sum()), (kl, responses)]
+    for weights in roles_in_pairs(batch, args):
+        sums += [(weights @ x, weights.sum()) for x in (rewards, logprob, lengths)]
+    return torch.stack([x for pair in sums for x in pair]).view(-1, 2)
 
 
-def preference_metrics(sums: Sequence[float], args: Any) -> dict[str, float]:
-    """Means over prompts: loss, implicit rewards, margin, accuracy (a tie counts half), log-probs, lengths in tokens.
-
-    ref_kl: KL(pi_ref, pi) in nats per response, if the responses were the reference's (`old_new_kl`).
-    """
-    total = dict(zip(SUMS, sums, strict=True))
-
-    def mean(name: str, of: str) -> float:
-        return total[name] / total[of] if total[of] else math.nan
-
-    metrics = {"loss": mean("loss", "prompts")}
-    for role_name in ("chosen", "rejected"):
-        for key in ("reward", "logprob", "length"):
-            metrics[f"{role_name}_{key}"] = mean(f"{role_name}_{key}", role_name)
-    metrics["margin"] = metrics["chosen_reward"] - metrics["rejected_reward"]
-    metrics["accuracy"] = mean("won", "pairs")
-    return metrics | ({"ref_kl": mean("kl", "prompts")} if LOSSES[args.loss].reference else {})
+def preference_metrics(sums: Tensor, run: Run) -> dict[str, float]:
+    """Means over the prompts of all processes: loss, implicit rewards, margin, accuracy (a tie counts half), log-probs,
+    lengths in tokens. ref_kl: KL(pi_ref, pi) in nats per response, if the responses were the reference's."""
+    totals = run.total(*sums.flatten().tolist())
+    found = zip(METRICS, totals[::2], totals[1::2], strict=True)
+    metrics = {name: total / n if n else math.nan for name, total, n in found}
+    if not LOSSES[run.args.loss].reference:
+        del metrics["ref_kl"]
+    return {**metrics, "margin": metrics["chosen_reward"] - metrics["rejected_reward"]}
 
 
 # -------------------------------------------------------------------------------------------------- evaluation, samples
-def measure_preferences(
-    model: Any, value_head: Any, heldout: list[dict], baseline: float, who: str, run: Run
-) -> dict[str, float]:
-    """preference_metrics on held-out preferences, {} where there are none; `who` is the reference; `baseline` as in
-    training (kto: new)."""
+def measure_preferences(model: Any, heldout: list[dict], baseline: float, run: Run) -> dict[str, float]:
+    """preference_metrics on held-out preferences, {} where there are none; `baseline` as in training (kto: new)."""
     if not heldout:
         return {}
     if run.args.loss == "kto":
-        baseline = mismatched_kl(model, heldout, who, run)
-    args, sums = run.args, torch.zeros(len(SUMS), device=run.device)
+        baseline = mismatched_kl(model, heldout, run)
+    args, sums = run.args, torch.zeros(len(METRICS), 2, device=run.device)
     for batch in tqdm(collate(heldout[run.rank :: run.world], model, args), desc="held out", leave=False, disable=None):
-        batch = ask_frozen_roles(model, value_head, batch, who, args)
+        if LOSSES[args.loss].reference:
+            with role(model, "reference"):
+                batch = batch._replace(ref_logprobs=logprob_table(model, batch))
         with role(model, "policy"):
-            logprobs, batch = policy_logprobs(model, batch)
+            logprobs = logprob_table(model, batch)
             sums += preference_sums(preference_loss(logprobs, batch, baseline, args), logprobs, batch, args)
-    return preference_metrics(run.total(*sums.tolist()), args)
+    return preference_metrics(sums, run)
 
 
-def answer(
-    model: Any, tokenizer: Any, stop_ids: list[int], prompts: list[dict], gold: Any, who: str, args: Any
-) -> dict[str, Any]:
-    """A response of the policy to each held-out prompt: arrays over prompts, and the texts; `who` is the reference."""
+def answer(model: Any, tokenizer: Any, stop_ids: list[int], prompts: list[dict], gold: Any, args: Any) -> dict:
+    """A response of the policy to each held-out prompt: arrays over prompts, and the texts."""
     responses = generate(model, tokenizer, [p["ids"] for p in prompts], stop_ids, args)
-    groups = [{"group": (p["ids"], [y])} for p, y in zip(prompts, responses, strict=True)]
-    sums = [torch.stack([x.sum() for x in example_logprobs(model, name, groups, args)]) for name in ("policy", who)]
+    pairs = [(p["ids"], y) for p, y in zip(prompts, responses, strict=True)]
+    policy, reference = (response_logprobs(model, who, pairs, args) for who in ("policy", "reference"))
     texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-    result = {"kl": (sums[0] - sums[1]).double().cpu().numpy(), "length": np.array([float(len(y)) for y in responses])}
+    result = {"kl": (policy - reference).double().cpu().numpy(), "length": np.array([float(len(y)) for y in responses])}
     result |= {"gold": call_function(gold, prompts, texts)} if gold else {}
     return {**result, "ended": np.array([float(y[-1] in stop_ids) for y in responses]), "texts": texts}
 
 
 def check_start(before: dict, args: Any) -> None:
     """An untrained policy is the reference, to rounding, on held-out preferences."""
-    if not before or not LOSSES[args.loss].reference:
-        return
-    per_token = [before[f"{name}_reward"] / before[f"{name}_length"] for name in ("chosen", "rejected")]
-    gap = max(abs(x) for x in per_token if x == x) / args.beta  # labels may be all of one kind
-    limit = 1e-4 if args.dtype == "float32" else 0.02
-    print(f"preflight: {'ok ' if gap <= limit else 'RED'} log-ratio per token at the start {gap:.3g} (limit {limit:g})")
-    check(gap <= limit, f"preflight: log-ratio per token {gap:.3g}, limit {limit:g}: the policy is not the reference")
+    if before and LOSSES[args.loss].reference:
+        per_token = [before[f"{name}_reward"] / before[f"{name}_length"] for name in ("chosen", "rejected")]
+        gap = max(abs(x) for x in per_token if x == x) / args.beta  # labels may be all of one kind
+        limit = 1e-4 if args.dtype == "float32" else 0.02
+        text = f"log-ratio per token at the start {gap:.3g} (limit {limit:g})"
+        check(gap <= limit, f"preflight: {text}: the policy is not the reference")
+        print(f"preflight: ok  {text}")
 
 
 def generate(model: Any, tokenizer: Any, prompts: list[list[int]], stop_ids: list[int], args: Any) -> list[list[int]]:

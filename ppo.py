@@ -343,9 +343,9 @@ def main(args: Args) -> None:
     surrogates: dict[str, Any] = {"clip": clipped_policy_loss, "penalty": penalty_policy_loss}
     surrogate, bound = surrogates[args.policy_loss], {"clip": args.clip_range, "penalty": args.penalty_coef}
     judge = partial(evaluate, model, tokenizer, stop_ids, take(heldout, range(len(heldout))), [reward], gold, args)
-    before, after, memory = judge("reference"), {}, {"kl_coef": args.kl_coef}
+    before, after, kl_coef = judge("reference"), {}, torch.tensor(args.kl_coef, dtype=torch.float64)
 
-    for step in run.steps(total_steps, policy_weights + critic_weights, optimizers, memory):
+    for step in run.steps(total_steps, [*policy_weights, *critic_weights, kl_coef], optimizers):
         start = time.time()
 
         # 1. Rollout: sample y ~ pi_old(.|x)
@@ -368,7 +368,7 @@ def main(args: Args) -> None:
         # 3. Per-token rewards, advantages and returns; advantages whitened over the whole batch
         penalised = scores - args.missing_eos_penalty * (1 - rollout.ended)
         penalised = penalised.clamp(-args.score_clip, args.score_clip) if args.score_clip else penalised
-        rewards = kl_penalty_rewards(penalised, old_logprobs, ref_logprobs, mask, memory["kl_coef"])
+        rewards = kl_penalty_rewards(penalised, old_logprobs, ref_logprobs, mask, kl_coef.item())
         advantages, returns = gae(rewards, old_values, mask, args.gamma, args.gae_lambda)
         advantages = masked_whiten(advantages, mask, partial(run.processes.reduce, reduction="sum"))
         scored = time.time()
@@ -421,11 +421,9 @@ def main(args: Args) -> None:
         means = batch_means(run, rollout, scores, golds, rewards, log_ratio, entropy, error, returns)
         losses = dict(zip(UPDATE_METRICS, np.mean(updates, axis=0).tolist(), strict=True)) if updates else {}
         metrics = {"step": step, **means, **losses, "updates": len(updates), "learning_rate": rates[0]}
-        metrics["kl_coef"] = memory["kl_coef"]
+        metrics["kl_coef"] = kl_coef.item()
         if args.kl_target:
-            memory["kl_coef"] = adapt_kl_coef(
-                memory["kl_coef"], means["kl"], args.kl_target, args.batch_size, args.kl_horizon
-            )
+            kl_coef.fill_(adapt_kl_coef(kl_coef.item(), means["kl"], args.kl_target, args.batch_size, args.kl_horizon))
         if run.evaluates(step):
             after = judge("policy")
             metrics |= {f"heldout_{k}": interval(after[k])[0] for k in ("score", "gold", "kl") if k in after}
@@ -560,12 +558,11 @@ class Run:
         check(math.isfinite(norm), f"step {self.step + 1}: the loss or its gradient is not finite ({norm}); {cause}")
         return norm
 
-    def steps(self, total_steps: int, weights: list, optimizers: list, extra: dict | None = None) -> Iterator[int]:
+    def steps(self, total_steps: int, tensors: list, optimizers: list) -> Iterator[int]:
         """The steps to be done, after --resume those that are left; each --save_every steps, after Ctrl-C or SIGTERM
-        (once more: stop at once) and at the end a checkpoint with weights, optimizers and the numbers in `extra`."""
+        (once more: stop at once) and at the end a checkpoint with the state of these tensors and optimizers."""
         self.total_steps, self.settings = total_steps, {**asdict(self.args), "data": self.data}
-        extra = {} if extra is None else extra
-        self.first_step = self.load_checkpoint(weights, optimizers, extra) if self.args.resume else 0
+        self.first_step = self.load_checkpoint(tensors, optimizers) if self.args.resume else 0
         self.loop_began = time.time()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.interrupt)
@@ -575,7 +572,7 @@ class Run:
             stopped = self.total(self.interrupted)[0] > 0
             if self.main and (stopped or done % self.args.save_every == 0 or done == total_steps):
                 states = [optimizer.state_dict() for optimizer in optimizers]
-                self.save({"step": done, "weights": weights, "optimizers": states, "extra": extra})
+                self.save({"step": done, "tensors": tensors, "optimizers": states})
             check(not stopped, f"stopped after step {done} of {total_steps}; add --resume to go on from there")
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler)
@@ -586,19 +583,18 @@ class Run:
         signal.signal(number, signal.default_int_handler)
         print(f"\n{self.stage}: stopping after step {self.step + 1}; once more to stop at once", flush=True)
 
-    def load_checkpoint(self, weights: list, optimizers: list, extra: dict) -> int:
-        """Put checkpoint.pt's state into weights, optimizers and `extra`, cut later lines off; -> the next step."""
+    def load_checkpoint(self, tensors: list, optimizers: list) -> int:
+        """Put checkpoint.pt's state into tensors and optimizers, cut later lines off; -> the next step."""
         with reading(f"--resume: no checkpoint in {self.folder}; start without"):
             recorded = json.loads((self.folder / "args.json").read_text())
             state = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
         changed = {k: v for k, v in self.settings.items() if recorded.get(k) != v and k not in MAY_CHANGE}
         flags = ", ".join(f"--{k} {v} (was {recorded.get(k)})" for k, v in changed.items())
         check(not changed, f"--resume: {self.folder} was started with other settings (data: rows): {flags}")
-        for weight, saved in zip(weights, state["weights"], strict=True):
-            weight.data.copy_(saved)
+        for tensor, saved in zip(tensors, state["tensors"], strict=True):
+            tensor.data.copy_(saved)
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        extra.update(state["extra"])
         for path in self.folder.glob("*.jsonl") if self.main else []:
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] < state["step"]]

@@ -329,12 +329,11 @@ class Run:
         check(math.isfinite(norm), f"step {self.step + 1}: the loss or its gradient is not finite ({norm}); {cause}")
         return norm
 
-    def steps(self, total_steps: int, weights: list, optimizers: list, extra: dict | None = None) -> Iterator[int]:
+    def steps(self, total_steps: int, tensors: list, optimizers: list) -> Iterator[int]:
         """The steps to be done, after --resume those that are left; each --save_every steps, after Ctrl-C or SIGTERM
-        (once more: stop at once) and at the end a checkpoint with weights, optimizers and the numbers in `extra`."""
+        (once more: stop at once) and at the end a checkpoint with the state of these tensors and optimizers."""
         self.total_steps, self.settings = total_steps, {**asdict(self.args), "data": self.data}
-        extra = {} if extra is None else extra
-        self.first_step = self.load_checkpoint(weights, optimizers, extra) if self.args.resume else 0
+        self.first_step = self.load_checkpoint(tensors, optimizers) if self.args.resume else 0
         self.loop_began = time.time()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.interrupt)
@@ -344,7 +343,7 @@ class Run:
             stopped = self.total(self.interrupted)[0] > 0
             if self.main and (stopped or done % self.args.save_every == 0 or done == total_steps):
                 states = [optimizer.state_dict() for optimizer in optimizers]
-                self.save({"step": done, "weights": weights, "optimizers": states, "extra": extra})
+                self.save({"step": done, "tensors": tensors, "optimizers": states})
             check(not stopped, f"stopped after step {done} of {total_steps}; add --resume to go on from there")
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler)
@@ -355,19 +354,18 @@ class Run:
         signal.signal(number, signal.default_int_handler)
         print(f"\n{self.stage}: stopping after step {self.step + 1}; once more to stop at once", flush=True)
 
-    def load_checkpoint(self, weights: list, optimizers: list, extra: dict) -> int:
-        """Put checkpoint.pt's state into weights, optimizers and `extra`, cut later lines off; -> the next step."""
+    def load_checkpoint(self, tensors: list, optimizers: list) -> int:
+        """Put checkpoint.pt's state into tensors and optimizers, cut later lines off; -> the next step."""
         with reading(f"--resume: no checkpoint in {self.folder}; start without"):
             recorded = json.loads((self.folder / "args.json").read_text())
             state = torch.load(self.folder / "checkpoint.pt", map_location="cpu", weights_only=True)
         changed = {k: v for k, v in self.settings.items() if recorded.get(k) != v and k not in MAY_CHANGE}
         flags = ", ".join(f"--{k} {v} (was {recorded.get(k)})" for k, v in changed.items())
         check(not changed, f"--resume: {self.folder} was started with other settings (data: rows): {flags}")
-        for weight, saved in zip(weights, state["weights"], strict=True):
-            weight.data.copy_(saved)
+        for tensor, saved in zip(tensors, state["tensors"], strict=True):
+            tensor.data.copy_(saved)
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        extra.update(state["extra"])
         for path in self.folder.glob("*.jsonl") if self.main else []:
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] < state["step"]]

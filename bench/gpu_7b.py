@@ -20,7 +20,7 @@ GiB, on one side, in a process of its own; its other flags are those that the pl
 PyTorch refuses ours what goes beyond the limit, less the plan's allowance for the CUDA context, so that a larger card
 shows what fits a smaller one. TRL may take the whole card. The columns:
 
-    s/step      median of the measured steps, after one that warms up; dpo.py: with its share of the reference's pass
+    s/step      median of the measured steps, after one that warms up
                 (ours until the last update, by its own clock; TRL's from the end of one step to the next)
     sampling    sampled tokens / seconds of sampling, prefill included
     training    tokens of prompts and responses (a prompt counts for each response) / seconds of the rest of the step
@@ -252,7 +252,7 @@ class Meter:
         self.bandwidth = self.read_bandwidth()
         self.phase, self.since = "other", time.perf_counter()
         self.last_end = self.since
-        self.seconds, self.warm_up = defaultdict[str, float](float), defaultdict[str, float](float)
+        self.seconds = defaultdict[str, float](float)
         self.peaks, self.reserved, self.decode_steps = defaultdict[str, int](int), 0, 0
         self.step_seconds: list[float] = []
         embedding: Any = torch.nn.Embedding
@@ -322,7 +322,7 @@ class Meter:
         self.step_seconds.append(self.since - self.last_end if seconds is None else seconds)
         self.last_end = self.since
         if len(self.step_seconds) == 1:
-            self.warm_up, self.seconds, self.decode_steps = self.seconds, defaultdict(float), 0
+            self.seconds, self.decode_steps = defaultdict(float), 0
 
     def result(self) -> dict:
         """What was measured; seconds are of the steps after the first."""
@@ -339,8 +339,8 @@ def load_script(name: str) -> Any:
     return importlib.import_module(name)
 
 
-def run_ours(spec: dict, flags: Any, meter: Meter) -> float:
-    """This repository's script, its functions as phases with the plan's names; returns seconds to add to a step."""
+def run_ours(spec: dict, flags: Any, meter: Meter) -> None:
+    """This repository's script, its functions as phases with the plan's names."""
     script, folder = load_script(spec["stage"]), Path(spec["folder"])
     plain_log = script.Run.log
 
@@ -352,24 +352,26 @@ def run_ours(spec: dict, flags: Any, meter: Meter) -> float:
     def role_pass(model: Any, who: str, *rest: Any) -> str:
         return "evaluation: log-probs" if meter.phase == "evaluation" else f"scores: {who}"
 
+    def dpo_pass(*_: Any) -> str:
+        reference = meter.phase == "update: policy" and not torch.is_grad_enabled()
+        return "reference's log-probs" if reference else meter.phase
+
     if hasattr(script, "sample"):
         plain_sample = script.sample
         script.sample = lambda *given: plain_sample(*given[:6], [-1], *given[7:])  # no token ends a response
     script.Run.log = log
     phases: dict[str, Any] = {
         "load_base": "load", "evaluate": "evaluation", "role_logprobs": role_pass, "preflight": "scores: policy",
-        "score": lambda *_: role_pass(None, "reward, critic"), "reference_logprobs": "reference's log-probs",
+        "score": lambda *_: role_pass(None, "reward, critic"), "logprob_table": dpo_pass,
         "sample": lambda *given: f"{'evaluation' if given[8][1] else 'rollout'}: prefill",  # key: seed, stream, step
     }  # fmt: skip
     for name in filter(lambda name: hasattr(script, name), phases):
         setattr(script, name, meter.within(phases[name], getattr(script, name)))
     last = {"ppo": "masked_whiten", "grpo": "response_advantages", "dpo": "batch_indices"}[spec["stage"]]
     setattr(script, last, meter.after("update: policy", getattr(script, last)))  # what main does next are the updates
-    train, n_heldout = write_rows(spec, flags)
-    for name in ("run", "cache"):
-        shutil.rmtree(folder / name, ignore_errors=True)
+    write_rows(spec, flags)
+    shutil.rmtree(folder / "run", ignore_errors=True)
     script.main(flags)
-    return flags.batch_size / (len(train) + n_heldout) * meter.warm_up["reference's log-probs"]
 
 
 def load_trl_model(flags: Any, gpu: bool) -> Any:
@@ -385,8 +387,8 @@ def load_trl_model(flags: Any, gpu: bool) -> Any:
     return PeftModel.from_pretrained(base, flags.model, is_trainable=True)
 
 
-def run_trl(spec: dict, flags: Any, meter: Meter) -> float:
-    """TRL's trainer on the same rows; returns seconds to add to a step."""
+def run_trl(spec: dict, flags: Any, meter: Meter) -> None:
+    """TRL's trainer on the same rows."""
     datasets, transformers, trl = (importlib.import_module(name) for name in ("datasets", "transformers", "trl"))
     rows, _ = write_rows(spec, flags)
     micro = spec["micro"] if spec["stage"] == "dpo" else flags.samples_per_prompt
@@ -415,7 +417,6 @@ def run_trl(spec: dict, flags: Any, meter: Meter) -> float:
         **more,
     )  # fmt: skip
     meter.within("training", trainer.train)()
-    return 0.0
 
 
 def run_work(file: Path) -> None:
@@ -428,12 +429,11 @@ def run_work(file: Path) -> None:
         limit = spec["gib"] * GIB - spec["plan"]["allowances"]["context"]
         torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
     try:
-        more = (run_ours if spec["side"] == "ours" else run_trl)(spec, flags, meter)
+        (run_ours if spec["side"] == "ours" else run_trl)(spec, flags, meter)
     except torch.OutOfMemoryError:
         result = {**meter.result(), "error": f"out of memory in {meter.phase}"}
     else:
         result = meter.result()
-        result["step_seconds"] = [seconds + more for seconds in result["step_seconds"]]
     file.write_text(json.dumps({**spec, **result}, indent=1))
 
 
@@ -465,8 +465,7 @@ def measure(args: Args, folder: Path, name: str, card_gib: float) -> dict:
     flags += ["--model", f"{folder}/start", "--dataset", f"{folder}/train.jsonl", "--output_dir", f"{folder}/run"]
     flags += ["--eval_dataset", f"{folder}/heldout.jsonl", "--epochs", "1", "--learning_rate", "1e-5"]
     flags += {"ppo": ["--reward_model", f"{folder}/reward", "--missing_eos_penalty", "0"],
-              "grpo": ["--reward_fn", f"{Path(__file__).resolve()}:vowels"],
-              "dpo": ["--cache_dir", f"{folder}/cache"]}[work.stage]  # fmt: skip
+              "grpo": ["--reward_fn", f"{Path(__file__).resolve()}:vowels"], "dpo": []}[work.stage]  # fmt: skip
     spec = {**work._asdict(), "gib": gib, "steps": args.steps, "folder": str(folder), "flags": flags, "plan": plan}
     file.write_text(json.dumps(spec))
     with log.open("w") as stream:

@@ -15,7 +15,7 @@ gradient checkpointing on either side. An end token comes about once in 50 token
 What is measured, in the steps after the first, which warms up, and without ours' evaluation; memory and multiplications
 in the first step of another turn, whose seconds do not count, because counting slows it and what comes after it:
 
-    seconds   mean of the steps; in dpo ours computes the reference before step 0: its share is added to every step
+    seconds   mean of the steps; the reference's passes included
     memory    most bytes in tensors at a time, from the start to the end of the first step, which has the longest rows
     tokens    columns that went through the embedding in a step, and tokens that count: supervised or sampled ones
     limit     multiplications of the first step / its seconds in the timed turns / rate of a large matmul
@@ -413,7 +413,7 @@ def run_ours(args: Args, folder: Path) -> dict:
     """One turn of this repository's script, by its own main."""
     sys.path.insert(0, str(ROOT))
     script: Any = importlib.import_module(SCRIPTS.get(args.stage, args.stage))
-    meter, extra = Meter(args), {"seconds": 0.0}
+    meter = Meter(args)
     reward = f"{Path(__file__).resolve()}:reward_length_ours"
     sampling = {
         "samples_per_prompt": args.samples_per_prompt, "max_response_length": args.max_response_length,
@@ -421,7 +421,7 @@ def run_ours(args: Args, folder: Path) -> dict:
     }  # fmt: skip
     settings: dict[str, dict] = {
         "sft": {"last_turn_only": True}, "reward": {}, "kwise": {},
-        "dpo": {"eval_samples": 0, "cache_dir": str(folder / "cache")},
+        "dpo": {"eval_samples": 0},
         "grpo": {**sampling, "kl": "none"}, "rloo": {**sampling, "method": "rloo", "kl_coef": 0.05},
         "ppo": {**sampling, "reward_fn": None, "reward_model": str(folder / "reward"), "minibatches": 1,
                 "ppo_epochs": args.ppo_epochs},
@@ -460,9 +460,6 @@ def run_ours(args: Args, folder: Path) -> dict:
     script.make_optimizer, script.load_examples = make_optimizer, load_examples
     if hasattr(script, "sample"):
         script.sample, script.evaluate = meter.around(script.sample), meter.aside(script.evaluate)
-    if args.stage == "dpo":
-        shutil.rmtree(folder / "cache", ignore_errors=True)  # every turn computes the reference
-        script.reference_logprobs = timed(script.reference_logprobs, extra)
     if args.stage in DATA_STAGES:
         settings[args.stage] |= {"max_response_length": 1024}
     flags = {
@@ -479,26 +476,12 @@ def run_ours(args: Args, folder: Path) -> dict:
         weights = load_file(folder / "start" / "adapter_model.safetensors")
         shutil.copytree(folder / "start", folder / "classifier", dirs_exist_ok=True)
         save_file({**weights, script.HEAD_KEY: heads[0]}, folder / "classifier" / "adapter_model.safetensors")
-    result = meter.result(linear_weights(folder))
-    share = extra["seconds"] / (args.steps + 2)
-    return {**result, "seconds": [s + share for s in result["seconds"]], "reference_share": share}
+    return meter.result(linear_weights(folder))
 
 
 def reward_length_ours(prompts: list, responses: list[str], **columns: Any) -> list[float]:
     """reward_length by this repository's contract."""
     return reward_length(prompts, responses)
-
-
-def timed(function: Callable, total: dict[str, float]) -> Callable:
-    """`function`, its seconds added to total["seconds"]."""
-
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        start = time.perf_counter()
-        result = function(*args, **kwargs)
-        total["seconds"] += time.perf_counter() - start
-        return result
-
-    return wrapped
 
 
 def linear_weights(folder: Path) -> int:

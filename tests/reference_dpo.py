@@ -47,42 +47,10 @@ def rdpo(h_w: float, h_l: float, n_w: int, n_l: int, beta: float, alpha: float) 
     return -math.log(sigma(beta * h_w - beta * h_l + (alpha * n_w - alpha * n_l)))
 
 
-def softmax(logits: Row) -> list[float]:
-    """Probabilities of the logits."""
-    weights = [math.exp(z) for z in logits]
-    return [w / sum(weights) for w in weights]
-
-
-def sequential_kl(ref_logits: Sequence[Row], logits: Sequence[Row]) -> float:
-    """D_SeqKL(x, y; pi_ref || pi): the sum over the positions of y of KL(pi_ref(.|t) || pi(.|t))."""
-    total = 0.0
-    for ref_row, row in zip(ref_logits, logits, strict=True):
-        total += sum(q * math.log(q / p) for q, p in zip(softmax(ref_row), softmax(row), strict=True))
-    return total
-
-
-def tdpo1(h_w: float, h_l: float, kl_w: float, kl_l: float, beta: float) -> float:
-    """TDPO (Zeng et al. 2024), eq. 17: -log sigma(u - delta), delta = beta KL_l - beta KL_w."""
-    u, delta = beta * h_w - beta * h_l, beta * kl_l - beta * kl_w
-    return -math.log(sigma(u - delta))
-
-
-def tdpo2(h_w: float, h_l: float, kl_w: float, kl_l: float, beta: float, alpha: float) -> float:
-    """TDPO, eq. 20: -log sigma(u - alpha delta_2); who takes derivatives holds kl_w, which delta_2 holds, constant."""
-    u, delta = beta * h_w - beta * h_l, beta * kl_l - beta * kl_w
-    return -math.log(sigma(u - alpha * delta))
-
-
-# ----------------------------------------------------------------------------------- losses of a response, of a list
 def sppo(h: float, win_probability: float, beta: float) -> float:
     """SPPO (Wu et al. 2024), eq. 4.7: (log pi/pi_t - eta (P(y beats pi_t) - 1/2))^2 with eta = 1 / beta."""
     eta = 1 / beta
     return (h - eta * (win_probability - 1 / 2)) ** 2
-
-
-def dro_v(h: float, value: float, reward: float, tau: float) -> float:
-    """DRO-V (Richemond et al. 2024): 1/2 (r(x, y) - V(x) - tau log pi/pi_ref)^2."""
-    return (reward - value - tau * h) ** 2 / 2
 
 
 def lipo(s: Row, psi: Row) -> float:

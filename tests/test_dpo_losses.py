@@ -1,7 +1,6 @@
 """The losses of dpo.py: against TRL, tests/reference_dpo.py and numbers worked by hand; their gradients and masks."""
 
 import contextlib
-import copy
 import math
 import random
 from collections.abc import Callable, Iterator
@@ -62,11 +61,6 @@ def stand_in() -> Any:
     return SimpleNamespace(config=SimpleNamespace(model_type="llama"), device=CPU)
 
 
-def with_references(examples: list[dict], logprobs: list[Tensor]) -> list[dict]:
-    """The examples with the reference's log-probs of their response tokens, (n,) each."""
-    return [{**e, "ref_logprobs": x} for e, x in zip(examples, logprobs, strict=True)]
-
-
 class Case(NamedTuple):
     """What preference_loss takes, in float64, with the same numbers as ragged lists."""
 
@@ -82,16 +76,14 @@ class Case(NamedTuple):
 
 
 def case_of(examples: list[dict], tokens: list[list[float]], ref_tokens: list[list[float]]) -> Case:
-    """The case of given log-probs, a list of tokens per response; kl and values are drawn at random."""
+    """The case of given log-probs, a list of tokens per response."""
     (batch,) = dpo.collate(examples, stand_in(), make_args("sigmoid", tokens_per_batch=10**6))
     logprobs, ref_logprobs = torch.zeros(2, *batch.mask.shape, dtype=torch.float64)
     for s, (row, ref_row) in enumerate(zip(tokens, ref_tokens, strict=True)):
         logprobs[s, : len(row)] = torch.tensor(row, dtype=torch.float64)
         ref_logprobs[s, : len(ref_row)] = torch.tensor(ref_row, dtype=torch.float64)
     weight, share = (1 / (1 / x.double()).round() for x in (batch.weight, batch.share))  # 1/3 in float32 is not 1/3
-    generator = torch.Generator().manual_seed(len(tokens))
-    kl, values = torch.rand(2, len(tokens), generator=generator, dtype=torch.float64)
-    batch = batch._replace(weight=weight, share=share, wins=batch.wins.double(), kl=kl, values=values)
+    batch = batch._replace(weight=weight, share=share, wins=batch.wins.double())
     return Case(logprobs, batch._replace(ref_logprobs=ref_logprobs), tokens, ref_tokens)
 
 
@@ -123,48 +115,47 @@ def gradient(case: Case, args: Any, **changed: Any) -> Tensor:
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    """A tiny Llama with adapters policy, reference and critic that visibly differ."""
+    """A tiny Llama with adapters policy and reference that visibly differ."""
     args, result = make_args("sigmoid", lora_r=4), tiny_llama(VOCAB, EOS, PAD)
-    for seed, name in enumerate(("policy", "reference", "critic")):
+    for seed, name in enumerate(("policy", "reference")):
         result = dpo.add_adapter(result, name, None, args)
         perturb(result, name, seed, 0.1)
     return result
 
 
-def make_value_head() -> nn.Linear:
-    """A random value head, as dro has one."""
-    torch.manual_seed(5)
-    return nn.Linear(64, 1)
+def weights_of(model: Any, name: str) -> list[nn.Parameter]:
+    """The tensors of one adapter."""
+    return [p for key, p in model.named_parameters() if f".{name}." in key]
+
+
+def with_reference(model: Any, batch: dpo.Preferences, args: Any, who: str = "reference") -> dpo.Preferences:
+    """The batch with the log-probs of the role `who` as the reference's, where the loss has one."""
+    if not dpo.LOSSES[args.loss].reference:
+        return batch
+    with dpo.role(model, who):
+        return batch._replace(ref_logprobs=dpo.logprob_table(model, batch))
 
 
 def run_pass(model: Any, examples: list[dict], args: Any, baseline: float = 0.3) -> tuple[Tensor, list[Tensor]]:
-    """(preference_sums, gradients of policy, critic and value head) of a batch, as main computes them; all is reset."""
-    head = make_value_head() if args.loss == "dro" else None
+    """(preference_sums, the policy's gradients) of a batch, as main computes them; all is reset."""
     model.zero_grad()
-    sums = torch.zeros(len(dpo.SUMS))
+    sums = torch.zeros(len(dpo.METRICS), 2)
     for row in dpo.collate(examples, model, args):
-        row = dpo.ask_frozen_roles(model, head, row, "reference", args)
+        row = with_reference(model, row, args)
         with dpo.role(model, "policy", grad=True):
-            logprobs, row = dpo.policy_logprobs(model, row)
+            logprobs = dpo.logprob_table(model, row)
             loss = dpo.preference_loss(logprobs, row, baseline, args)
             (loss / len(examples)).backward()
-        logprobs = logprobs.detach()
-        if head is not None:
-            with dpo.role(model, "critic", grad=True):
-                (dpo.critic_loss(model, head, logprobs, row, args) / len(examples)).backward()
-        sums += dpo.preference_sums(loss.detach(), logprobs, row, args)
-    parameters = dpo.adapter_weights(model, "policy")
-    if head is not None:
-        parameters = [*parameters, *dpo.adapter_weights(model, "critic"), *head.parameters()]
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in parameters]
+        sums += dpo.preference_sums(loss.detach(), logprobs.detach(), row, args)
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in weights_of(model, "policy")]
     model.zero_grad()
     assert any(g.any() for g in gradients) and all(g.isfinite().all() for g in gradients)
     return sums, gradients
 
 
-def measured(model: Any, head: Any, examples: list[dict], args: Any) -> dict[str, float]:
+def measured(model: Any, examples: list[dict], args: Any) -> dict[str, float]:
     """The metrics of `measure_preferences`, which has no gradients, in a single process."""
-    return dpo.measure_preferences(model, head, examples, 0.0, "reference", alone(args))
+    return dpo.measure_preferences(model, examples, 0.0, alone(args))
 
 
 def alone(args: Any) -> Any:
@@ -257,18 +248,17 @@ def trl_dpo(tmp_path_factory: pytest.TempPathFactory) -> Peer:
 
 def policy_gradients(model: Any, loss: Tensor) -> list[Tensor]:
     """Gradients of the adapter "default"."""
-    parameters = dpo.adapter_weights(model, "default")
+    parameters = weights_of(model, "default")
     return [g.clone() for g in torch.autograd.grad(loss, parameters)]
 
 
 def our_loss(peer: Peer, args: Any, baseline: float = 0.0) -> tuple[float, list[Tensor]]:
     """(loss, gradients) of the peer's examples: the reference's log-probs, collate, the role, preference_loss."""
     model, examples = peer.trainer.model, peer.examples
-    known = with_references(examples, dpo.example_logprobs(model, "ref", examples, args))
-    (batch,) = dpo.collate(known, model, args)
+    (batch,) = dpo.collate(examples, model, args)
+    batch = with_reference(model, batch, args, "ref")
     with dpo.role(model, "default", grad=True):
-        logprobs, batch = dpo.policy_logprobs(model, batch)
-        loss = dpo.preference_loss(logprobs, batch, baseline, args) / len(examples)
+        loss = dpo.preference_loss(dpo.logprob_table(model, batch), batch, baseline, args) / len(examples)
         return loss.item(), policy_gradients(model, loss)
 
 
@@ -362,10 +352,10 @@ def test_nll_is_the_mean_over_prompts_of_the_mean_per_token(trl_dpo: Peer, monke
     model, trainer = trl_dpo.trainer.model, trl_dpo.trainer
     for name, value in {"beta": 0.1, "loss_types": ["sft"], "loss_weights": [1.0]}.items():
         monkeypatch.setattr(trainer, name, value)
-    groups = [{"group": (e["group"][0], e["group"][1][:1])} for e in trl_dpo.examples]
-    chosen = [y.tolist() for y in dpo.example_logprobs(model, "default", groups, make_args("sigmoid"))]
-    over_prompts = -sum(sum(y) / len(y) for y in chosen) / len(chosen)
-    over_tokens = -sum(map(sum, chosen)) / sum(map(len, chosen))
+    pairs = [(e["group"][0], e["group"][1][0]) for e in trl_dpo.examples]
+    chosen, lengths = dpo.response_logprobs(model, "default", pairs, make_args("sigmoid")), [len(y) for _, y in pairs]
+    over_prompts = -sum(total / n for total, n in zip(chosen.tolist(), lengths, strict=True)) / len(pairs)
+    over_tokens = -chosen.sum().item() / sum(lengths)
     ours = our_loss(trl_dpo, make_args("sigmoid", nll_coef=1.0))[0] - our_loss(trl_dpo, make_args("sigmoid"))[0]
     assert ours == pytest.approx(over_prompts, abs=1e-5)
     assert trl_loss(trl_dpo)[0] == pytest.approx(over_tokens, abs=1e-5)
@@ -402,12 +392,13 @@ def test_kto_equals_trl(
     for name, value in settings.items():
         monkeypatch.setattr(trl_kto.trainer, name, value)
     args = make_args("kto", **settings)
-    monkeypatch.setattr(dpo, "example_logprobs", renamed(dpo.example_logprobs, {"policy": "default"}))
-    own, theirs = (dpo.adapter_weights(model, name) for name in ("default", "ref"))
+    names = {"policy": "default", "reference": "ref"}
+    monkeypatch.setattr(dpo, "response_logprobs", renamed(dpo.response_logprobs, names))
+    own, theirs = (weights_of(model, name) for name in ("default", "ref"))
     policy, ref = ([p.detach().clone() for p in side] for side in (own, theirs))
     swapped = (ref, policy) if sign < 0 else (policy, ref)
     with holding(own, swapped[0]), holding(theirs, swapped[1]):
-        kl = dpo.mismatched_kl(model, trl_kto.examples, "ref", alone(args))
+        kl = dpo.mismatched_kl(model, trl_kto.examples, alone(args))
         ours, trls = our_loss(trl_kto, args, kl), trl_loss(trl_kto)
         assert kl == pytest.approx(trl_kto.trainer._metrics["train"]["kl"][-1], rel=1e-5, abs=1e-5)
         assert_same_as_trl(ours, trls)
@@ -415,7 +406,7 @@ def test_kto_equals_trl(
 
 
 def renamed(function: Callable, names: dict[str, str]) -> Callable:
-    """example_logprobs with the roles called by TRL's names."""
+    """response_logprobs with the roles called by TRL's names."""
 
     def call(model: Any, who: str, *rest: Any) -> Any:
         return function(model, names.get(who, who), *rest)
@@ -465,8 +456,8 @@ def test_orpo_equals_trl() -> None:
 # -------------------------------------------------------------------------- what TRL has not: against the reference
 BASELINE, SMOOTHING = 0.4, 0.15
 FLAGS: dict[str, dict] = {
-    "sigmoid": {"label_smoothing": SMOOTHING}, "bco": {}, "rdpo": {"length_alpha": 0.07}, "tdpo1": {},
-    "tdpo2": {"tdpo_alpha": 0.3}, "sppo": {}, "dro": {}, "lipo": {}, "plackett_luce": {},
+    "sigmoid": {"label_smoothing": SMOOTHING}, "bco": {}, "rdpo": {"length_alpha": 0.07},
+    "sppo": {}, "lipo": {}, "plackett_luce": {},
 }  # fmt: skip
 
 
@@ -478,7 +469,7 @@ def reference_loss(loss: str, case: Case, examples: list[dict], beta: float) -> 
         first += len(own)
         total += reference_of_prompt(
             loss, [case.tokens[i] for i in own], [case.ref_tokens[i] for i in own], e["ranks"],
-            [column[own].tolist() for column in (case.batch.wins, case.batch.kl, case.batch.values)], beta,
+            case.batch.wins[own].tolist(), beta,
         )  # fmt: skip
     return total
 
@@ -488,29 +479,22 @@ def reference_of_prompt(
     tokens: list[list[float]],
     ref_tokens: list[list[float]],
     ranks: list,
-    more: list[list[float]],
+    wins: list[float],
     beta: float,
 ) -> float:
-    """The reference's loss of one prompt; `more`: wins, kl, values of its responses."""
+    """The reference's loss of one prompt."""
     h = [reference.log_ratio(y, ref_y) for y, ref_y in zip(tokens, ref_tokens, strict=True)]
-    n, (wins, kl, values) = [len(y) for y in tokens], more
+    n = [len(y) for y in tokens]
 
     def of_pair(w: int, l: int) -> float:  # noqa: E741
         if loss == "sigmoid":
             return reference.cdpo(h[w], h[l], beta, SMOOTHING)
         if loss == "bco":
             return reference.bco(h[w], h[l], beta, BASELINE)
-        if loss == "rdpo":
-            return reference.rdpo(h[w], h[l], n[w], n[l], beta, FLAGS["rdpo"]["length_alpha"])
-        if loss == "tdpo1":
-            return reference.tdpo1(h[w], h[l], kl[w], kl[l], beta)
-        return reference.tdpo2(h[w], h[l], kl[w], kl[l], beta, FLAGS["tdpo2"]["tdpo_alpha"])
+        return reference.rdpo(h[w], h[l], n[w], n[l], beta, FLAGS["rdpo"]["length_alpha"])
 
     if loss == "sppo":
         return 2 / len(h) * sum(reference.sppo(x, p, beta) for x, p in zip(h, wins, strict=True))
-    if loss == "dro":  # the mean over the prompt's responses; divided by beta, see dro_loss
-        losses = [reference.dro_v(*numbers, beta) for numbers in zip(h, values, wins, strict=True)]
-        return sum(losses) / len(losses) / beta
     if loss == "lipo":
         return reference.lipo([beta * x for x in h], wins)
     if loss == "plackett_luce":
@@ -559,14 +543,6 @@ def test_sppo_soft_by_hand() -> None:
     assert case.loss(make_args("sppo", beta=0.5)).item() == pytest.approx(0.5, abs=1e-12)
 
 
-def test_dro_by_hand() -> None:
-    """beta 0.5, reward 2, V 0.5, h = 1: (2 - 0.5 - 0.5)^2 / 2 = 0.5, / beta = 1; d/dh: -(2 - 0.5 - 0.5) = -1."""
-    case, args = h_case(1, wins=[2.0]), make_args("dro", beta=0.5)
-    values = torch.tensor([0.5], dtype=torch.float64)
-    assert case.loss(args, values=values).item() == pytest.approx(1.0, abs=1e-12)
-    assert gradient(case, args, values=values).item() == pytest.approx(-1.0, abs=1e-12)
-
-
 def test_lipo_by_hand() -> None:
     """Three responses, psi = (1, 0.5, 0), s = (0, 1, -1): places 2, 1, 3.
 
@@ -591,106 +567,6 @@ def test_plackett_luce_of_two_is_dpo() -> None:
     assert case.loss(make_args("plackett_luce")).item() == pytest.approx(case.loss(make_args("sigmoid")).item())
 
 
-def test_tdpo_by_hand() -> None:
-    """beta 0.5, h = (2, -2), KL = (1, 3): u = 2, delta = 1; tdpo1 log(1 + e^-1); alpha 0.5: log(1 + e^-1.5)."""
-    case, kl = h_case(2, -2), torch.tensor([1.0, 3.0], dtype=torch.float64)
-    assert case.loss(make_args("tdpo1", beta=0.5), kl=kl).item() == pytest.approx(0.3133, abs=5e-5)
-    assert case.loss(make_args("tdpo2", beta=0.5, tdpo_alpha=0.5), kl=kl).item() == pytest.approx(0.2014, abs=5e-5)
-
-
-# --------------------------------------------------------------------------------- TDPO from whole distributions
-def token_tables(seed: int) -> tuple[list, list, list]:
-    """(policy's logits, reference's logits, tokens) of a pair of 3 and 2 tokens, vocabulary 5."""
-    rng = random.Random(seed)
-    logits, ref_logits = ([[[rng.gauss(0, 1) for _ in range(5)] for _ in range(n)] for n in (3, 2)] for _ in range(2))
-    return logits, ref_logits, [[rng.randrange(5) for _ in range(n)] for n in (3, 2)]
-
-
-def exact_tdpo(logits: list, ref_logits: list, tokens: list, alpha: float | None, frozen: float | None) -> float:
-    """The paper's loss from the distributions; `frozen` is KL_w where it has no gradient."""
-    h = []
-    for rows, ref_rows, y in zip(logits, ref_logits, tokens, strict=True):
-        own, ref = (
-            [math.log(reference.softmax(row)[t]) for row, t in zip(x, y, strict=True)] for x in (rows, ref_rows)
-        )
-        h.append(reference.log_ratio(own, ref))
-    kl = [reference.sequential_kl(ref_rows, rows) for rows, ref_rows in zip(logits, ref_logits, strict=True)]
-    if alpha is None:
-        return reference.tdpo1(h[0], h[1], kl[0], kl[1], 0.5)
-    return reference.tdpo2(h[0], h[1], kl[0] if frozen is None else frozen, kl[1], 0.5, alpha)
-
-
-@pytest.mark.parametrize("alpha", [None, 0.7])
-def test_tdpo_from_distributions(alpha: float | None) -> None:
-    """Value, and gradient with respect to every logit by central differences: tdpo2's KL_w has none."""
-    logits, ref_logits, tokens = token_tables(1)
-    leaves = [torch.tensor(rows, dtype=torch.float64, requires_grad=True) for rows in logits]
-    logps = [x.log_softmax(-1) for x in leaves]
-    refs = [torch.tensor(rows, dtype=torch.float64).log_softmax(-1) for rows in ref_logits]
-    kl = torch.stack([(q.exp() * (q - p)).sum() for p, q in zip(logps, refs, strict=True)])
-    case = pair_case(
-        *(x[range(len(y)), y].tolist() for table in (logps, refs) for x, y in zip(table, tokens, strict=True))
-    )
-    picked = [x[range(len(y)), y] for x, y in zip(logps, tokens, strict=True)]
-    logprobs = nn.utils.rnn.pad_sequence(picked, batch_first=True)
-    args = make_args("tdpo1", beta=0.5) if alpha is None else make_args("tdpo2", beta=0.5, tdpo_alpha=alpha)
-    loss = case.loss(args, logprobs=logprobs, kl=kl)
-    assert loss.item() == pytest.approx(exact_tdpo(logits, ref_logits, tokens, alpha, None), abs=1e-12)
-    loss.backward()
-    frozen = kl[0].item()
-    for k, leaf in enumerate(leaves):
-        assert leaf.grad is not None
-        for t in range(len(tokens[k])):
-            for v in range(5):
-                sides = []
-                for step in (1e-5, -1e-5):
-                    moved = copy.deepcopy(logits)
-                    moved[k][t][v] += step
-                    sides.append(exact_tdpo(moved, ref_logits, tokens, alpha, frozen))
-                assert leaf.grad[t, v].item() == pytest.approx((sides[0] - sides[1]) / 2e-5, abs=1e-8)
-
-
-def test_sequential_kl_by_hand() -> None:
-    """Reference (1/2, 1/2), policy (1/4, 3/4): 1/2 log 2 + 1/2 log(2/3) = 0.1438 per token; the other way 0.1308."""
-    half, quarter = [0.0, 0.0], [0.0, math.log(3)]
-    assert reference.sequential_kl([half, half], [quarter, quarter]) == pytest.approx(2 * 0.1438, abs=1e-4)
-    assert reference.sequential_kl([quarter], [half]) == pytest.approx(0.1308, abs=1e-4)
-
-
-def test_logprobs_and_kl_equal_full_logits(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Log-probs, KL(pi_ref, pi) and the LoRA gradient of a weighted sum, against float64 log-softmaxes; two chunks."""
-    examples = make_examples("tdpo1", 3, 14)
-    passes = dpo.preference_passes(examples, model, make_args("tdpo1", tokens_per_batch=10**6))
-    ((_, (row,)),) = passes
-    assert len(row.targets) > 128
-    monkeypatch.setattr(model.config, "vocab_size", 2**16)  # chunks of 128
-    parameters = dpo.adapter_weights(model, "policy")
-    generator = torch.Generator().manual_seed(0)
-    up, up_kl = torch.randn(2, len(row.targets), generator=generator)
-    pairs = [(e["group"][0], y) for e in examples for y in e["group"][1]]
-    with dpo.role(model, "reference"):
-        ref = torch.cat([of_tokens(model, prompt, y) for prompt, y in pairs])
-        ref_states = dpo.hidden_states(model, row).index_select(0, row.before)
-    with dpo.role(model, "policy", grad=True):
-        own = torch.cat([of_tokens(model, prompt, y) for prompt, y in pairs])
-        exact, exact_kl = own.gather(1, row.targets[:, None])[:, 0], (ref.exp() * (ref - own)).sum(1)
-        expected = torch.autograd.grad((exact * up).sum() + (exact_kl * up_kl).sum(), parameters)
-    with dpo.role(model, "policy", grad=True):
-        logprobs, ref_logprobs, kl = dpo.logprobs_and_kl(model, row, ref_states)
-        got = torch.autograd.grad((logprobs * up).sum() + (kl * up_kl).sum(), parameters)
-    ref_exact = ref.gather(1, row.targets[:, None])[:, 0]
-    assert (logprobs - exact).abs().max() < 1e-5
-    assert (ref_logprobs - ref_exact).abs().max() < 1e-5 and (ref_exact - exact).abs().max() > 1e-2
-    assert torch.allclose(kl.double(), exact_kl, rtol=1e-5, atol=1e-5) and kl.max() > 1e-2
-    for a, b in zip(got, expected, strict=True):
-        assert (a - b).abs().max() <= 1e-5 * max(1.0, b.abs().max().item())
-
-
-def of_tokens(model: Any, prompt: list[int], y: list[int]) -> Tensor:
-    """(T, vocabulary) log-probs in the active role: the model's own forward pass of one response."""
-    return model(torch.tensor([prompt + y])).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
-
-
 # ------------------------------------------------------------------------------- at the start: policy == reference
 START: list[tuple[str, dict, float]] = [  # loss, flags, its value for one pair of 3 and 5 tokens at beta 0.1
     ("sigmoid", {}, LOG2),
@@ -706,10 +582,7 @@ START: list[tuple[str, dict, float]] = [  # loss, flags, its value for one pair 
     ("bco", {}, 2 * LOG2),
     ("rdpo", {"length_alpha": 0.5}, math.log(1 + math.e)),  # alpha (3 - 5) = -1
     ("ld", {}, LOG2),
-    ("tdpo1", {}, LOG2),
-    ("tdpo2", {}, LOG2),
     ("kto", {"desirable_weight": 3.0}, 1.0),  # (3 * 0.5 + 0.5) / 2
-    ("dro", {}, 2.5),  # (1^2 + 0^2) / 2 responses / 2 / 0.1
     ("lipo", {}, (1 / math.log(2) - 1 / math.log(3)) * LOG2),
     ("plackett_luce", {}, LOG2),
 ]
@@ -717,23 +590,18 @@ START: list[tuple[str, dict, float]] = [  # loss, flags, its value for one pair 
 
 @pytest.mark.parametrize(("loss", "flags", "expected"), START)
 def test_loss_at_the_start(loss: str, flags: dict, expected: float, model: Any) -> None:
-    """On a real model whose policy has the reference's weights; dro with a value head of zeros, as it starts."""
-    head = None
-    if loss == "dro":
-        head = make_value_head()
-        nn.init.zeros_(head.weight)
-        nn.init.zeros_(head.bias)
+    """On a real model whose policy has the reference's weights."""
     examples = [make_example([5, 6], [[7, 8, 9], [10, 11, 12, 13, 14]], [1, 2])]
-    reference_weights = [p.detach().clone() for p in dpo.adapter_weights(model, "reference")]
+    reference_weights = [p.detach().clone() for p in weights_of(model, "reference")]
     args = make_args(loss, **flags)
-    with holding(dpo.adapter_weights(model, "policy"), reference_weights):
-        metrics = measured(model, head, examples, args)
-        assert dpo.mismatched_kl(model, make_examples("kto", 1), "reference", alone(args)) == pytest.approx(0, abs=1e-5)
+    with holding(weights_of(model, "policy"), reference_weights):
+        metrics = measured(model, examples, args)
+        assert dpo.mismatched_kl(model, make_examples("kto", 1), alone(args)) == pytest.approx(0, abs=1e-5)
     assert metrics["loss"] == pytest.approx(expected, rel=1e-5)
     assert [metrics[k] for k in ("chosen_reward", "rejected_reward", "margin", "ref_kl")] == pytest.approx(
         [0] * 4, abs=1e-5
     )
-    assert abs(measured(model, head, examples, args)["loss"] - expected) > 1e-3  # and nothing else gives these numbers
+    assert abs(measured(model, examples, args)["loss"] - expected) > 1e-3  # and nothing else gives these numbers
 
 
 def test_every_loss_with_a_reference_is_tested_at_the_start() -> None:
@@ -752,9 +620,8 @@ def metrics_of(case: Case, args: Any) -> dict[str, float]:
     """preference_metrics of one micro-batch, fp32 as in a run; the loss is given as 0."""
     fields = ("ref_logprobs", "weight", "share", "wins")
     batch = case.batch._replace(**{name: getattr(case.batch, name).float() for name in fields})
-    return dpo.preference_metrics(
-        dpo.preference_sums(torch.zeros(()), case.logprobs.float(), batch, args).tolist(), args
-    )
+    sums = dpo.preference_sums(torch.zeros(()), case.logprobs.float(), batch, args)
+    return dpo.preference_metrics(sums, alone(args))
 
 
 @ALL
@@ -821,7 +688,7 @@ def test_no_gradient_inside_a_prompt(loss: str, model: Any, monkeypatch: pytest.
 
     monkeypatch.setattr(dpo, "hidden_states", hidden_states)
     run_pass(model, make_examples(loss, 2), make_args(loss))
-    hidden, row = states[0]  # the policy's; dro's critic comes after it
+    hidden, row = states[0]
     assert hidden.grad is not None and hidden.grad.isfinite().all()
     used = torch.zeros(len(row.ids), dtype=torch.bool)
     used[row.before] = True
@@ -842,9 +709,7 @@ def in_fp32(case: Case) -> Case:
     """The case as a run has it."""
     return case._replace(
         logprobs=case.logprobs.float(),
-        batch=case.batch._replace(
-            **{name: getattr(case.batch, name).float() for name in ("ref_logprobs", "kl", "values")}
-        ),
+        batch=case.batch._replace(ref_logprobs=case.batch.ref_logprobs.float()),
     )
 
 
@@ -902,46 +767,13 @@ def test_rows_change_nothing(loss: str, model: Any, monkeypatch: pytest.MonkeyPa
 def test_the_gradient_is_the_mean_over_prompts(model: Any) -> None:
     """Rows leave the gradient of the whole batch's preference_loss divided by n_prompts; the sums stay undivided."""
     examples, args = make_examples("sigmoid", 6, 5), make_args("sigmoid", tokens_per_batch=10**6)
-    (batch,) = dpo.collate(
-        with_references(examples, dpo.example_logprobs(model, "reference", examples, args)), model, args
-    )
+    (batch,) = dpo.collate(examples, model, args)
+    batch = with_reference(model, batch, args)
     with dpo.role(model, "policy", grad=True):
-        logprobs, batch = dpo.policy_logprobs(model, batch)
-        loss = dpo.preference_loss(logprobs, batch, 0.0, args)
-        expected = [g / 5 for g in torch.autograd.grad(loss, dpo.adapter_weights(model, "policy"))]
+        loss = dpo.preference_loss(dpo.logprob_table(model, batch), batch, 0.0, args)
+        expected = [g / 5 for g in torch.autograd.grad(loss, weights_of(model, "policy"))]
     sums, gradients = run_pass(model, examples, make_args("sigmoid", tokens_per_batch=40))
-    assert_same_pass((sums[:1], gradients), (loss.detach().view(1), expected), 1e-5)
-
-
-def test_value_head_of_dro_follows_its_gradient(model: Any) -> None:
-    """d/dV of 1/2 (r - V - beta h)^2 is -(r - V - beta h); over the bias it sums to the mean over prompts.
-
-    V is the head on the state before the response's first token, in the role of the critic.
-    """
-    examples, args = make_examples("dro", 6), make_args("dro")
-    head, expected = make_value_head(), 0.0
-    for e in examples:
-        prompt, responses = e["group"]
-        wins = e["wins"] if "wins" in e else dpo.win_shares(e["ranks"])
-        with dpo.role(model, "critic"):
-            state = model(torch.tensor([prompt]), output_hidden_states=True).hidden_states[-1][0, -1]
-            value = head(state).item()
-        for y, reward in zip(responses, wins, strict=True):
-            tables = [plain_logprobs(model, who, prompt, y) for who in ("policy", "reference")]
-            h = (tables[0] - tables[1])[range(len(y)), y].sum().item()
-            expected -= (reward - value - 0.1 * h) / len(responses) / len(examples)
-    bias = run_pass(model, examples, args)[1][-1]
-    assert bias.item() == pytest.approx(expected, abs=1e-5) and abs(expected) > 1e-2
-
-
-def test_given_references_equal_computed_ones(model: Any) -> None:
-    """Log-probs from the cache belong to their examples although rows are filled in another order."""
-    examples, args = make_examples("sigmoid", 6, 5), make_args("sigmoid", tokens_per_batch=40)
-    known = with_references(examples, dpo.example_logprobs(model, "reference", examples, args))
-    given, computed = (measured(model, None, some, args) for some in (known, examples))
-    assert given == pytest.approx(computed, rel=1e-5, abs=1e-5)
-    wrong = with_references(examples, [torch.zeros_like(e["ref_logprobs"]) for e in known])
-    assert abs(measured(model, None, wrong, args)["loss"] - given["loss"]) > 1e-3
+    assert_same_pass((sums[0, :1], gradients), (loss.detach().view(1), expected), 1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------- gradients
@@ -1041,8 +873,7 @@ def test_a_list_is_the_mean_of_its_pairs(loss: str) -> None:
     assert sorted(pairs) == dpo.better_pairs(ranks)
     for i, j in pairs:
         pair = pair_case(case.tokens[i], case.tokens[j], case.ref_tokens[i], case.ref_tokens[j])
-        kl, values = case.batch.kl[[i, j]], case.batch.values[[i, j]]
-        losses.append(pair.loss(args, 0.3, kl=kl, values=values).item())
+        losses.append(pair.loss(args, 0.3).item())
     assert case.loss(args, 0.3).item() == pytest.approx(sum(losses) / 5, rel=1e-9)
     assert max(losses) - min(losses) > 1e-3
 
@@ -1111,29 +942,26 @@ def test_mismatched_kl_equals_a_loop(model: Any) -> None:
             ratios.append(sum((tables[0] - tables[1])[t, token].item() for t, token in enumerate(y)))
     exact = sum(ratios) / len(ratios)
     assert len(ratios) == 6 and abs(exact) > 1e-2
-    assert dpo.mismatched_kl(model, batch, "reference", alone(args)) == pytest.approx(max(exact, 0), abs=1e-5)
-    policy, ref = (dpo.adapter_weights(model, who) for who in ("policy", "reference"))
+    assert dpo.mismatched_kl(model, batch, alone(args)) == pytest.approx(max(exact, 0), abs=1e-5)
+    policy, ref = (weights_of(model, who) for who in ("policy", "reference"))
     weights = [[p.detach().clone() for p in side] for side in (policy, ref)]
     with holding(policy, weights[1]), holding(ref, weights[0]):
-        assert dpo.mismatched_kl(model, batch, "reference", alone(args)) == pytest.approx(max(-exact, 0), abs=1e-5)
+        assert dpo.mismatched_kl(model, batch, alone(args)) == pytest.approx(max(-exact, 0), abs=1e-5)
 
 
 def test_mismatched_kl_without_another_prompt_is_zero(model: Any) -> None:
     """One prompt only: there is nothing to mismatch, and no error."""
     batch = [{**e, "key": "same"} for e in kl_batch()]
-    assert (
-        dpo.mismatched_groups(batch) == []
-        and dpo.mismatched_kl(model, batch, "reference", alone(make_args("kto"))) == 0
-    )
+    assert dpo.mismatched_pairs(batch) == [] and dpo.mismatched_kl(model, batch, alone(make_args("kto"))) == 0
 
 
-def test_mismatched_groups_by_hand() -> None:
+def test_mismatched_pairs_by_hand() -> None:
     """Keys a, a, b: both a's take b's responses, b those of the next one round the corner."""
     batch = [
         {**make_example([i], [[10 + i], [20 + i]], [1, 2]), "key": key} for i, key in ((2, "a"), (3, "a"), (4, "b"))
     ]
-    groups = [e["group"] for e in dpo.mismatched_groups(batch)]
-    assert groups == [([2], [[14], [24]]), ([3], [[14], [24]]), ([4], [[12], [22]])]
+    expected = [([2], [14]), ([2], [24]), ([3], [14]), ([3], [24]), ([4], [12]), ([4], [22])]
+    assert dpo.mismatched_pairs(batch) == expected
 
 
 # --------------------------------------------------------------------------------- divergences and label smoothing
@@ -1204,7 +1032,6 @@ BELONGS: dict[str, tuple[Any, Any, tuple[str, ...]]] = {  # flag: two values, th
     "label_smoothing": (0.0, 0.2, dpo.SMOOTHED),
     "length_alpha": (0.1, 0.3, ("rdpo",)),
     "ld_alpha": (0.2, 0.7, ("ld",)),
-    "tdpo_alpha": (0.2, 0.7, ("tdpo2",)),
     "simpo_gamma": (0.2, 0.7, ("simpo",)),
     "desirable_weight": (1.0, 2.0, ("kto",)),
     "undesirable_weight": (1.0, 2.0, ("kto",)),

@@ -152,7 +152,6 @@ def test_meter_gives_each_phase_its_own(monkeypatch: pytest.MonkeyPatch) -> None
     assert found["peaks"] == {"outer": 3, "inner": 7, "rollout: prefill": 9, "rollout: decode": 4, "other": 0}
     assert found["reserved"] == 9 and found["decode_steps"] == 3 and found["step_seconds"] == [20.0]
     assert found["seconds"] == {"other": 3.0, "rollout: prefill": 2.0, "rollout: decode": 2.0}
-    assert meter.warm_up == {"other": 2.0, "outer": 2.0, "inner": 1.0}
 
 
 def test_out_of_memory_is_a_result(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -763,8 +763,8 @@ def test_a_checkpoint_holds_what_must_survive(run: Run) -> None:
     """Loads with weights_only; the policy, the reference that has become the policy, the optimiser's state."""
     for steps, equal in ((2, False), (3, True)):
         state = torch.load(run(max_steps=steps, sync_ref_every=3) / "checkpoint.pt", weights_only=True)
-        n = len(state["weights"]) // 2
-        pairs = zip(state["weights"][:n], state["weights"][n:], strict=True)
+        n = len(state["tensors"]) // 2
+        pairs = zip(state["tensors"][:n], state["tensors"][n:], strict=True)
         assert all(torch.equal(a, b) for a, b in pairs) == equal
         assert state["step"] == steps and state["optimizers"][0]["state"]
 

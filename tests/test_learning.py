@@ -59,8 +59,8 @@ def test_gold_rises_with_the_kl_penalty_and_is_hacked_without(tmp_path: Path, se
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_bare_dpo_raises_gold(tmp_path: Path, seed: int) -> None:
     """The annotator prefers the policy's held-out responses to SFT's: low end of the win-rate above 1/2."""
-    output, cache = str(tmp_path / "dpo"), str(tmp_path / "cache")
-    dpo.main(dpo.Args(**dpo.TINY_SETTINGS, seed=seed, output_dir=output, cache_dir=cache))
+    output = str(tmp_path / "dpo")
+    dpo.main(dpo.Args(**dpo.TINY_SETTINGS, seed=seed, output_dir=output))
     check_win_rate(tmp_path / "dpo", "dpo")
 
 

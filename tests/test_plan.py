@@ -152,7 +152,7 @@ def measured(patch: pytest.MonkeyPatch, script: Any) -> Iterator[list[Timeline]]
     result: list[Timeline] = []
     with patch.context() as local:
         local.setattr(script, "role", role)
-        for name in ("generate", "reference_logprobs", "evaluate"):
+        for name in ("generate", "evaluate"):
             mark(name, lambda *_, name=name, **__: name)
         mark("role_logprobs", lambda model, who, *_: f"log-probs of {who}")
         mark("sample", lambda *given, **_: f"sample {given[3]}")
@@ -183,8 +183,7 @@ def check_run(
     patch.setattr(script, "find_stop_ids", lambda *_: [-1])
     patch.setattr(script.Run, "plot_curves", lambda *_: None)
     with measured(patch, script) as timelines:
-        files = {"output_dir": str(output)} | ({"cache_dir": str(output)} if stage == "dpo" else {})
-        script.main(script.Args(**flags, **files))
+        script.main(script.Args(**flags, output_dir=str(output)))
     (t,) = timelines
     sampling = plan.sampling_phases(run, flags.get("sample_batch_size", 0))
     phases, what = sampling | plan.training_phases(run, flags["tokens_per_batch"]), f"{stage}, {quant}, {lengths}"
@@ -200,7 +199,7 @@ def check_run(
     if stage in ("sft", "reward", "dpo"):
         compare("evaluation", run.trained[0], "generate")
     if stage == "dpo":
-        compare("reference's log-probs", "reference_logprobs")
+        compare("reference's log-probs", "reference", "generate")
     if stage in ("ppo", "grpo"):
         compare("scores: policy", "log-probs of policy", "evaluate")
         compare("scores: reference", "log-probs of reference", "evaluate")

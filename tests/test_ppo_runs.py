@@ -79,7 +79,7 @@ def test_it_writes_what_it_says(run_ppo: Run, sft_run: Path, capsys: pytest.Capt
     settings = json.loads((folder / "args.json").read_text())
     assert settings["quant"] == "none" and settings["batch_size"] == 8 and settings["model"] == str(sft_run)
     state = torch.load(folder / "checkpoint.pt", weights_only=True)  # no code is run by loading it
-    assert state["step"] == 2 and state["extra"] == {"kl_coef": 0.1}
+    assert state["step"] == 2 and state["tensors"][-1] == 0.1
     result = json.loads((folder / "result.json").read_text())
     assert result["stage"] == "ppo" and result["prompts"] == 4 and result["versions"]["torch"] == torch.__version__
     assert result["ppo"]["score"][0] == pytest.approx(rows[1]["heldout_score"], rel=1e-6)

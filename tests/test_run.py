@@ -546,8 +546,8 @@ def test_a_full_disk_leaves_the_old_checkpoint(run_sft: Run, done: Path, monkeyp
 def test_checkpoints_hold_tensors_and_plain_values(run_sft: Run) -> None:
     """No code is run by loading one."""
     state = torch.load(run_sft(max_steps=2) / "checkpoint.pt", weights_only=True)
-    assert state["step"] == 2 and state.keys() == {"step", "weights", "optimizers", "extra"}
-    assert len(state["weights"]) == 28 and all(w.dtype == torch.float32 for w in state["weights"])
+    assert state["step"] == 2 and state.keys() == {"step", "tensors", "optimizers"}
+    assert len(state["tensors"]) == 28 and all(w.dtype == torch.float32 for w in state["tensors"])
 
 
 # ------------------------------------------------------------------------------------------------- what is no number
@@ -573,7 +573,7 @@ def test_a_learning_rate_that_is_too_high(eval_every: int, run_sft: Run, monkeyp
         rows = metrics(folder)
         assert text.startswith(f"step {len(rows) + 1}: the loss or its gradient")
         state = torch.load(folder / "checkpoint.pt", weights_only=True)
-        assert state["step"] == len(rows) and all(w.isfinite().all() for w in state["weights"])
+        assert state["step"] == len(rows) and all(w.isfinite().all() for w in state["tensors"])
         assert not (folder / "result.json").exists()
 
 

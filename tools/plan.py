@@ -246,7 +246,7 @@ def describe_run(stage: str, script: Any, flags: Any, plan: PlanArgs) -> Run:
         if own == base:
             roles[f"reward_{k}" if k else "reward"] = LoraConfig.from_pretrained(source) if adapted else start
         heads.append(config.hidden_size)
-    if stage == "ppo" or getattr(flags, "loss", "") == "dro":
+    if stage == "ppo":
         roles["critic"] = roles.get("reward", start)
         trained.append("critic")
         heads.append(config.hidden_size + 1)
@@ -442,10 +442,6 @@ def trace_pass(run: Run, size: Size, flex: bool, who: str, kind: str, n_layers: 
             if who.startswith(("critic", "reward")):
                 where = row.before if who == "critic" else row.last
                 values = [head(script.hidden_states(model, row).index_select(0, where).float())]
-            elif grad and getattr(flags, "loss", "").startswith("tdpo"):
-                values = script.logprobs_and_kl(
-                    model, row, zeros(size.supervised, run.config.hidden_size).to(run.dtype)
-                )
             else:
                 with_entropy = kind == "update" and getattr(flags, "entropy_coef", 0) != 0
                 values = script.token_logprobs(model, row, 1.0, with_entropy, kind == "detached")
