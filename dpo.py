@@ -47,6 +47,7 @@ import logging
 import math
 import os
 import re
+import runpy
 import shutil
 import signal
 import sys
@@ -1045,41 +1046,36 @@ def load_function(spec: str) -> Callable:
     """The function that `file.py:function` names."""
     file, _, name = spec.rpartition(":")
     check(Path(file).is_file(), f"{spec}: no such file; expected file.py:function")
-    module_spec: Any = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(module_spec)
     try:
-        module_spec.loader.exec_module(module)
+        function: Any = runpy.run_path(file).get(name)
     except Exception as error:  # whatever the user's file raises
         raise UserError(f"{spec}: {file} can't be loaded ({type(error).__name__}: {first_line(error)})") from error
-    check(callable(getattr(module, name, None)), f"{spec}: {file} has no function {name}")
-    return getattr(module, name)
+    check(callable(function), f"{spec}: {file} has no function {name}")
+    return function
 
 
 def call_function(function: Callable, prompts: list[dict], responses: list[str]) -> np.ndarray:
-    """function(prompts, responses, **columns) -> (B,) float64, NaN where it returned None.
-
-    What may pass, a server's 503 or a timeout, is tried three times more; a mistake in the code is not.
-    """
+    """function(prompts, responses, **columns) -> (B,) float64, NaN where it returned None; three tries more where it
+    fails, as a server's 503 or a timeout may pass."""
     names = sorted({name for p in prompts for name in p["columns"]})  # rows may lack some
     columns = {name: [p["columns"].get(name) for p in prompts] for name in names}
-    bugs = (TypeError, ValueError, LookupError, AttributeError, NameError, ArithmeticError, AssertionError)
+    name = f"reward function {function.__name__}"
     for wait in (1, 5, 25, 0):
         try:
-            values = list(function([p["prompt"] for p in prompts], responses, **columns))
-            values = [x.item() if getattr(x, "ndim", 1) == 0 else x for x in values]  # of an array or tensor
+            found = function([p["prompt"] for p in prompts], responses, **columns)
+            values = [x.item() if hasattr(x, "item") else x for x in found]  # of arrays and tensors
             break
         except Exception as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
-            text = f"{place.filename}:{place.lineno}: {type(error).__name__}: {first_line(error)}"
-            check(wait and not isinstance(error, bugs), f"reward function {function.__name__}: {text}")
+            text = f"{name}: {place.filename}:{place.lineno}: {type(error).__name__}: {first_line(error)}"
+            check(wait, text)
             tqdm.write(f"{text}; trying again in {wait} s")
             time.sleep(wait)
-    name = f"reward function {function.__name__}"
     check(len(values) == len(responses), f"{name} returned {len(values)} values for {len(responses)} responses")
-    for value, prompt, response in zip(values, prompts, responses, strict=True):
-        fine = value is None or (isinstance(value, int | float) and math.isfinite(value))
-        check(fine, f"{name} returned {value!r} for prompt {prompt['prompt']!r}, response {response!r}")
-    return np.array([math.nan if value is None else value for value in values], dtype=float)
+    for x, p, y in zip(values, prompts, responses, strict=True):
+        fine = x is None or (isinstance(x, int | float) and math.isfinite(x))
+        check(fine, f"{name} returned {x!r} for prompt {p['prompt']!r}, response {y!r}")
+    return np.array(values, dtype=float)
 
 
 # ----------------------------------------------------------------------------------------------------------------- data
@@ -1752,20 +1748,24 @@ def interval(x: np.ndarray) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
+def sample_rows(prompts: list[dict], result: dict[str, Any], model: str, step: int) -> list[dict]:
+    """Rows of samples.jsonl: responses of `model`, with what is known of each."""
+    rows = []
+    for i, (p, text) in enumerate(zip(prompts, result["texts"], strict=True)):
+        row = {"id": p["columns"].get("id", i), "prompt": p["prompt"], "response": text, "model": model, "step": step}
+        row |= {"finish_reason": "stop" if result["ended"][i] else "length", "tokens": int(result["length"][i])}
+        rows.append(row | {key: float(result[key][i]) for key in ("score", "gold", "kl") if key in result})
+    return rows
+
+
 def report(run: Run, prompts: list[dict], before: dict, after: dict) -> dict[str, Any]:
     """Reference and policy on the same held-out prompts: samples.jsonl, three samples, and the table (mean and 95 %
     interval of each, win-rate), printed and returned for result.json."""
     table: dict[str, Any] = {"prompts": len(prompts)}
     for name, result in (("sft", before), (run.stage, after)):
-        rows = []
-        for i, (p, text) in enumerate(zip(prompts, result["texts"], strict=True)):
-            row = {"id": p["columns"].get("id", i), "prompt": p["prompt"], "response": text, "model": name}
-            row |= {"finish_reason": "stop" if result["ended"][i] else "length", "tokens": int(result["length"][i])}
-            row |= {key: float(result[key][i]) for key in ("score", "gold") if key in result}
-            rows.append({**row, "step": run.total_steps})
-        run.add("samples.jsonl", rows)
-        values = {k: interval(x) for k, x in result.items() if k not in ("texts", "ended")}
-        table[name] = {**values, "ended": wilson_interval(result["ended"].mean(), len(prompts))}
+        run.add("samples.jsonl", sample_rows(prompts, result, name, run.total_steps))
+        table[name] = {k: interval(x) for k, x in result.items() if k not in ("texts", "ended")}
+        table[name]["ended"] = wilson_interval(result["ended"].mean(), len(prompts))
     key = "gold" if "gold" in after else "score"
     known = ~np.isnan(after.get(key, math.nan) - before.get(key, math.nan))
     if known.any():  # a judge may have declined them all
@@ -1778,7 +1778,7 @@ def report(run: Run, prompts: list[dict], before: dict, after: dict) -> dict[str
         cells = [" ".join(f"{x:.3f}" for x in table[model][name]) for model in ("sft", run.stage)]
         print(f"{name:26}{cells[0]:>28}{cells[1]:>28}")
     print(f"{key + ' win-rate over SFT':26}{'':28}{' '.join(f'{x:.3f}' for x in table.get(f'{key}_win_rate', ())):>28}")
-    return json.loads(json.dumps(table), parse_constant=lambda constant: None)  # NaN is no JSON
+    return table
 
 
 if __name__ == "__main__":

@@ -54,6 +54,8 @@ import json
 import logging
 import math
 import os
+import re
+import runpy
 import shutil
 import signal
 import sys
@@ -104,7 +106,6 @@ Aggregation = Literal["response", "token", "constant"]
 Ratio = Literal["token", "sequence", "product"]
 Surrogate = Literal["clip", "cispo"]
 Penalty = Literal["none", "k1", "k2", "k3"]
-Pairing = Literal["best_worst", "all"]
 MethodName = Literal[
     "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce", "reinforce_pp", "remax",
     "online_dpo", "online_ipo", "sppo",
@@ -190,7 +191,6 @@ class Args:
     clip_high: float | None = arg(None, "the ratio is clipped to at most 1 + this")
     kl: Penalty | None = arg(None, "penalty: k1 in the reward, k2 or importance-corrected k3 in the loss")
     kl_coef: float = arg(0.04, "weight of the KL penalty towards the reference")
-    pairs: Pairing | None = arg(None, "methods of pairs: which responses to a prompt are compared")
     beta: float | None = arg(None, "reward per nat of log-ratio (ipo: tau, orpo: lambda); default: the loss's own")
     entropy_coef: float = arg(0.0, "weight of the entropy bonus")
     mu: int = arg(1, "updates on each rollout, all of it every time; 1: every ratio is 1, so clipping has no effect")
@@ -214,30 +214,7 @@ class Args:
 
 
 # ------------------------------------------------------------------------------------------------------- the maths
-# Shapes: B responses, T response tokens. mask (B, T): 1 = a real token of the response (its end token included).
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean of x over the positions with mask 1; x, mask (B, T) -> scalar.
-
-    >>> masked_mean(torch.tensor([[1.0, 3.0], [5.0, 99.0]]), torch.tensor([[1, 1], [1, 0]]))
-    tensor(3.)
-    """
-    return (x * mask).sum() / mask.sum()
-
-
-def masked_whiten(x: Tensor, mask: Tensor, total: Callable[[Tensor], Tensor] = lambda sums: sums) -> Tensor:
-    """x (B, T) shifted and scaled to mean 0 and variance 1 over the positions with mask 1; 0 elsewhere.
-
-    `total` adds sums up over processes, so that all of them use the statistics of the whole batch.
-
-    >>> masked_whiten(torch.tensor([[1.0, 3.0, 99.0]]), torch.tensor([[1, 1, 0]]))
-    tensor([[-1.,  1.,  0.]])
-    """
-    n, first = total(torch.stack([mask.sum().to(x.dtype), (x * mask).sum()]))
-    n = n.clamp(min=1)  # a batch may have no position at all
-    variance = total(((x - first / n) ** 2 * mask).sum()) / n
-    return (x - first / n) * torch.rsqrt(variance + 1e-8) * mask
-
-
+# B responses, T response tokens; mask (B, T): 1 = a real token of the response (its end token included).
 # P prompts with G responses each: B = P * G in that order. A reward that nobody knows is NaN: the response gets
 # advantage 0 and has no part in any baseline. `total` adds sums up over processes.
 def group_advantages(rewards: Tensor, samples_per_prompt: int, scale: bool) -> Tensor:
@@ -256,41 +233,6 @@ def group_advantages(rewards: Tensor, samples_per_prompt: int, scale: bool) -> T
         n = (~groups.isnan()).sum(1, keepdim=True)
         centred = centred / (((centred**2).nansum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt() + 1e-4)
     return centred.flatten().nan_to_num()
-
-
-def response_advantages(returns: Tensor, mask: Tensor, baseline: Tensor | None, total: Any, args: Any) -> Tensor:
-    """Advantages (B, T) from rewards_to_go (B, T) by --advantage; `baseline` (P,): greedy rewards, else None.
-
-    In float64, where the mean of equal float32 rewards is exact: no signal gives advantages of 0, not of rounding / sd.
-    """
-    dtype, returns = returns.dtype, returns.double()
-    if args.advantage == "whiten":
-        return masked_whiten(returns.nan_to_num(), mask * ~returns.isnan(), total).to(dtype)
-    rewards, g = returns[:, 0], args.samples_per_prompt
-    if args.advantage == "leave_one_out":
-        advantages = leave_one_out_advantages(rewards, g)
-    elif args.advantage == "batch_mean":
-        advantages = batch_advantages(rewards, total)
-    elif args.advantage == "greedy":
-        assert baseline is not None
-        advantages = greedy_advantages(rewards, baseline.double())
-    else:
-        advantages = group_advantages(rewards, g, scale=args.advantage == "group_norm")
-    return advantages[:, None].expand(returns.shape).to(dtype)
-
-
-def rewards_to_go(rewards: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
-    """(B, T): R - kl_coef * sum over i >= t of (log pi - log pi_ref)_i; column 0 is the penalised reward of all of y.
-
-    k1 in the reward: its expected policy gradient is that of KL(pi, pi_ref) of whole responses. Group methods take
-    column 0 (Ahmadian et al. 2024), REINFORCE++ each token's own (Hu 2025): earlier tokens are not its doing.
-
-    >>> rewards_to_go(torch.tensor([2.0]), torch.tensor([[-1.0, -2.0]]), torch.tensor([[-2.0, -1.5]]),
-    ...               torch.ones(1, 2), 0.5)
-    tensor([[1.7500, 2.2500]])
-    """
-    log_ratio = (logprobs - ref_logprobs) * mask
-    return rewards[:, None] - kl_coef * log_ratio.flip(1).cumsum(1).flip(1)
 
 
 def importance_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, level: str) -> Tensor:
@@ -362,6 +304,199 @@ def token_losses(
     return loss
 
 
+# --------------------------------------------------------------------------------------------------- the algorithm
+def main(args: Args) -> None:
+    """GRPO and its family (grpo.py)."""
+    run = Run(args, "grpo", ("score", "gold", "kl", "entropy", "response_length", "flat"))
+    method: Any = settle_method(args, run.world)
+    g, n_prompts = args.samples_per_prompt, args.batch_size // args.samples_per_prompt
+    pairwise = args.method in PAIR_METHODS
+    has_reference = pairwise or args.kl != "none"  # in rewards or loss
+
+    # Roles, rewards, data, optimiser
+    model, tokenizer, stop_ids, adapter = load_model(args, run.device)
+    one_row = not pairwise or model.config.model_type in FLAT_ROW_MODELS
+    check(one_row, f"--method {args.method}: pairs need one row, {model.config.model_type} can't share any")
+    model = add_adapter(model, "policy", adapter, args)
+    if adapter or args.sync_ref_every:  # a bare base that stays the reference is the model with the adapters off
+        add_adapter(model, "reference", adapter, args)
+    rewards = load_rewards(model, tokenizer, args)
+    args.gold_fn = args.gold_fn or (f"{TINY / 'annotator.py'}:gold" if args.dataset == Args.dataset else None)
+    gold = load_function(args.gold_fn) if args.gold_fn else None
+    prompts, questions = load_prompts(model, tokenizer, run)
+    lm = model, tokenizer, stop_ids
+    weights = [p for name, p in model.named_parameters() if ".policy." in name]
+    reference = [p for name, p in model.named_parameters() if ".reference." in name and args.sync_ref_every]
+    optimizer = make_optimizer(weights, args)
+    total_steps = math.ceil(args.epochs * len(prompts) / n_prompts)
+    total_steps = min(total_steps, args.max_steps or total_steps)
+    scored = partial(score_by_name, rewards=rewards, args=args)
+    judge = partial(evaluate, lm, questions, scored, gold, args)
+    before, after = judge("reference"), {}
+
+    for step in run.steps(total_steps, weights + reference, [optimizer]):
+        start = time.time()
+
+        # 1. Rollout: G responses y ~ pi_old(.|x) to each prompt, and their rewards; groups without signal refilled
+        rollout, table, n_refilled = collect(lm, prompts, rewards, run)
+        mask, rows, sampled = rollout.mask, rollout.rows(), time.time()
+
+        # 2. Total rewards; log pi_ref where it is needed; log pi_old where rewards need it, else the update has it too
+        scores = penalised(total_rewards(table, rewards), rollout, args)
+        known = run.total((~scores.isnan()).sum().item())[0]
+        check(known, f"{', '.join(reward.name for reward in rewards)} returned None for every response")
+        old_logprobs, ref_logprobs = rollout.sampler_logprobs, torch.zeros_like(rollout.sampler_logprobs)
+        if has_reference or step == 0:
+            ref_logprobs, _ = role_logprobs(model, "reference", rows, mask, args)
+        knows_old = args.kl == "k1" or step == 0
+        if knows_old:
+            old_logprobs, _ = role_logprobs(model, "policy", rows, mask, args)
+        if step == 0:
+            preflight(model, rollout, old_logprobs, ref_logprobs, args)
+
+        # 3. Advantages: each response against its group, the batch or the greedy response; or pairs of responses
+        mask = mask * rollout.ended.long()[:, None] if args.mask_truncated else mask
+        if pairwise:
+            scores = scores.masked_fill(mask[:, 0] == 0, torch.nan)
+            pairs, wins = rank_pairs(scores, g), win_probabilities(scores, g)
+            mask = mask * torch.isin(torch.arange(len(mask), device=run.device), pairs)[:, None]
+            ids = [p["ids"] for p in rollout.prompts]
+            rows = flat_rows(pairs.sort().values.tolist(), ids, rollout.responses, model, method.tokens_per_batch)
+            n_pairs = max(1.0, run.total(len(pairs))[0])
+        else:
+            returns, baseline = scores[:, None].expand(mask.shape), None
+            if args.kl == "k1":
+                returns = rewards_to_go(scores, old_logprobs, ref_logprobs, rollout.mask, args.kl_coef)
+            if args.advantage == "greedy":
+                baseline = greedy_rewards(lm, rollout, rewards, args)
+            add_up = partial(run.processes.reduce, reduction="sum")
+            advantages = response_advantages(returns, mask, baseline, add_up, args)
+        seconds = {"rollout_seconds": sampled - start, "score_seconds": time.time() - sampled}
+
+        # 4. mu updates of the policy, each on the whole batch
+        learning_rate = learning_rate_at(step, total_steps, args.learning_rate, args.warmup_ratio)
+        n_tokens = max(1.0, run.total(mask.sum().item())[0])
+        updates, empty = [], torch.zeros_like(ref_logprobs)
+        for update in range(args.mu):
+            sums = torch.zeros(4, device=run.device)
+            with role(model, "policy", grad=True):
+                for row in rows:
+                    found = token_logprobs(model, row, args.temperature, args.entropy_coef != 0)
+                    logprobs, entropy = (empty.index_put(row.at, x)[row.numbers] for x in found)  # (k, T)
+                    if update == 0 and not (knows_old or pairwise):
+                        old_logprobs[row.numbers] = logprobs.detach()
+                    kept, old, ref = (x[row.numbers] for x in (mask, old_logprobs, ref_logprobs))
+                    if pairwise:
+                        h = ((logprobs - ref) * kept).sum(1)
+                        terms = pair_terms(h, kept.sum(1), row.numbers, wins, pairs, method)
+                        loss, share = (x / n_pairs for x in terms)
+                    else:
+                        losses = token_losses(logprobs, old, ref, advantages[row.numbers], kept, args)
+                        how = method.aggregation, args.batch_size, n_tokens, args.max_response_length
+                        loss = (losses * token_weights(kept, *how)).sum()
+                        ratio = importance_ratio(logprobs, old, kept, method.ratio)
+                        outside = (ratio < 1 - method.clip_low) | (ratio > 1 + method.clip_high)
+                        share = (outside * kept).sum() / n_tokens
+                    loss = loss - args.entropy_coef * (entropy * kept).sum() / n_tokens
+                    loss.backward()
+                    per_token = [(x * kept).sum() / n_tokens for x in (old_new_kl(logprobs, old), entropy)]
+                    sums += torch.stack([loss, share, *per_token]).detach()
+            norm = run.clip_gradients(optimizer, learning_rate)
+            optimizer.step()
+            optimizer.zero_grad()
+            updates.append([*run.total(*sums.tolist()), norm])
+        if args.sync_ref_every and (step + 1) % args.sync_ref_every == 0:
+            for p, new in zip(reference, weights, strict=True):
+                p.data.copy_(new.data)
+        seconds["seconds"] = time.time() - start
+
+        # 5. Log, evaluate
+        total = total_rewards(table, rewards)
+        columns = {"score": total, "flat": flat_groups(total, g)}
+        columns |= {"response_length": rollout.mask.sum(1), "eos_rate": rollout.ended}
+        columns |= {"kl": (old_logprobs - ref_logprobs).sum(1)} if has_reference else {}
+        columns |= {"gold": torch.from_numpy(call_function(gold, rollout.prompts, rollout.texts))} if gold else {}
+        means = batch_means(run, columns)
+        names = ("policy_loss", "accuracy" if pairwise else "clip_fraction", "approx_kl", "entropy", "grad_norm")
+        metrics = {"step": step, **means, **dict(zip(names, np.mean(updates, axis=0).tolist(), strict=True))}
+        metrics |= reward_means(run, rewards, table, g)
+        metrics |= {"refilled": int(run.total(n_refilled)[0]), "learning_rate": learning_rate}
+        if run.evaluates(step):
+            after = judge("policy")
+            metrics |= {f"heldout_{k}": interval(after[k])[0] for k in ("score", "gold", "kl") if k in after}
+        if step % 10 == 0:
+            shown = {**columns, "texts": rollout.texts, "length": columns["response_length"], "ended": rollout.ended}
+            some = sample_rows(rollout.prompts, shown, f"rollout {step}", step)[:: max(1, len(mask) // 4)]
+            run.add("samples.jsonl", some[:4])
+        seconds["tokens_per_second"] = means["response_length"] * args.batch_size / seconds["seconds"]
+        run.log(metrics, seconds)
+
+    run.finish(model, "policy", tokenizer, stop_ids, report(run, questions, before, after or judge("policy")))
+
+
+# =================================================================================================================
+# The rest is plumbing, in the order in which main calls it: run folder, method, roles, data, rows, sampler, scoring.
+# =================================================================================================================
+# ---------------------------------------------------------------------------------------------------------- more maths
+# Shapes: B responses, T response tokens. mask (B, T): 1 = a real token of the response (its end token included).
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of x over the positions with mask 1; x, mask (B, T) -> scalar.
+
+    >>> masked_mean(torch.tensor([[1.0, 3.0], [5.0, 99.0]]), torch.tensor([[1, 1], [1, 0]]))
+    tensor(3.)
+    """
+    return (x * mask).sum() / mask.sum()
+
+
+def masked_whiten(x: Tensor, mask: Tensor, total: Callable[[Tensor], Tensor] = lambda sums: sums) -> Tensor:
+    """x (B, T) shifted and scaled to mean 0 and variance 1 over the positions with mask 1; 0 elsewhere.
+
+    `total` adds sums up over processes, so that all of them use the statistics of the whole batch.
+
+    >>> masked_whiten(torch.tensor([[1.0, 3.0, 99.0]]), torch.tensor([[1, 1, 0]]))
+    tensor([[-1.,  1.,  0.]])
+    """
+    n, first = total(torch.stack([mask.sum().to(x.dtype), (x * mask).sum()]))
+    n = n.clamp(min=1)  # a batch may have no position at all
+    variance = total(((x - first / n) ** 2 * mask).sum()) / n
+    return (x - first / n) * torch.rsqrt(variance + 1e-8) * mask
+
+
+def rewards_to_go(rewards: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
+    """(B, T): R - kl_coef * sum over i >= t of (log pi - log pi_ref)_i; column 0 is the penalised reward of all of y.
+
+    k1 in the reward: its expected policy gradient is that of KL(pi, pi_ref) of whole responses. Group methods take
+    column 0 (Ahmadian et al. 2024), REINFORCE++ each token's own (Hu 2025): earlier tokens are not its doing.
+
+    >>> rewards_to_go(torch.tensor([2.0]), torch.tensor([[-1.0, -2.0]]), torch.tensor([[-2.0, -1.5]]),
+    ...               torch.ones(1, 2), 0.5)
+    tensor([[1.7500, 2.2500]])
+    """
+    log_ratio = (logprobs - ref_logprobs) * mask
+    return rewards[:, None] - kl_coef * log_ratio.flip(1).cumsum(1).flip(1)
+
+
+def response_advantages(returns: Tensor, mask: Tensor, baseline: Tensor | None, total: Any, args: Any) -> Tensor:
+    """Advantages (B, T) from rewards_to_go (B, T) by --advantage; `baseline` (P,): greedy rewards, else None.
+
+    In float64, where the mean of equal float32 rewards is exact: no signal gives advantages of 0, not of rounding / sd.
+    """
+    dtype, returns = returns.dtype, returns.double()
+    if args.advantage == "whiten":
+        return masked_whiten(returns.nan_to_num(), mask * ~returns.isnan(), total).to(dtype)
+    rewards, g = returns[:, 0], args.samples_per_prompt
+    if args.advantage == "leave_one_out":
+        advantages = leave_one_out_advantages(rewards, g)
+    elif args.advantage == "batch_mean":
+        advantages = batch_advantages(rewards, total)
+    elif args.advantage == "greedy":
+        assert baseline is not None
+        advantages = greedy_advantages(rewards, baseline.double())
+    else:
+        advantages = group_advantages(rewards, g, scale=args.advantage == "group_norm")
+    return advantages[:, None].expand(returns.shape).to(dtype)
+
+
 def bradley_terry_loss(chosen: Tensor, rejected: Tensor, margin: Tensor, label_smoothing: float) -> Tensor:
     """Scores (P,), (P,), margin (P,) -> (P,): -(1 - e) log sigma(d) - e log sigma(-d), d = chosen - rejected - margin.
 
@@ -397,46 +532,6 @@ def ipo_loss(chosen: Tensor, rejected: Tensor, chosen_length: Tensor, rejected_l
     tensor([1.])
     """
     return (chosen / chosen_length - rejected / rejected_length - 1 / (2 * tau)) ** 2
-
-
-def rank_pairs(rewards: Tensor, samples_per_prompt: int, pairing: str) -> tuple[Tensor, Tensor]:
-    """Pairs (P, 2) of a better and a worse response to the same prompt; weights (P,) with which each prompt counts 1.
-
-    best_worst: the first best and the first worst one; all: all of different rewards. No pair where rewards are equal
-    or unknown.
-
-    >>> rank_pairs(torch.tensor([1.0, 3.0, 2.0, 5.0, 5.0, math.nan]), 3, "best_worst")
-    (tensor([[1, 0]]), tensor([1.]))
-    >>> rank_pairs(torch.tensor([2.0, 3.0, 2.0]), 3, "all")
-    (tensor([[1, 0],
-            [1, 2]]), tensor([0.5000, 0.5000]))
-    """
-    found: list[tuple[int, int]] = []
-    weights: list[float] = []
-    for p, r in enumerate(rewards.view(-1, samples_per_prompt).tolist()):
-        pairs = [(i, j) for i, better in enumerate(r) for j, worse in enumerate(r) if better > worse]
-        if pairing == "best_worst":
-            pairs = sorted(pairs, key=lambda pair: (-r[pair[0]], r[pair[1]]))[:1]
-        found += [(p * samples_per_prompt + i, p * samples_per_prompt + j) for i, j in pairs]
-        weights += [1 / len(pairs) for _ in pairs]
-    return torch.tensor(found, dtype=torch.long).view(-1, 2), torch.tensor(weights)
-
-
-def pair_losses(log_ratio: Tensor, lengths: Tensor, wins: Tensor, pairs: Tensor, method: str, beta: float) -> Tensor:
-    """Losses (P,) of pairs (P, 2), better and worse, of k responses: log_ratio (k,) of pi to pi_ref, lengths (k,) in
-    tokens, wins (k,) as win_probabilities has them.
-
-    >>> h, n, p = torch.tensor([-7.0, 3.0]), torch.tensor([2, 5]), torch.tensor([0.0, 1.0])
-    >>> pair_losses(h, n, p, torch.tensor([[1, 0]]), "sppo", 0.1)  # (3 - 5)^2 + (-7 + 5)^2
-    tensor([8.])
-    """
-    chosen, rejected = pairs.T
-    h_w, h_l = log_ratio.index_select(0, chosen), log_ratio.index_select(0, rejected)
-    if method == "online_ipo":
-        return ipo_loss(h_w, h_l, lengths[chosen], lengths[rejected], beta)
-    if method == "sppo":
-        return sppo_loss(h_w, wins[chosen], beta) + sppo_loss(h_l, wins[rejected], beta)
-    return dpo_loss(h_w, h_l, beta, 0.0)
 
 
 def old_new_kl(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
@@ -494,153 +589,7 @@ def chunked_logprobs(
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
-# --------------------------------------------------------------------------------------------------- the algorithm
-def main(args: Args) -> None:
-    """GRPO and its family (grpo.py)."""
-    run = Run(args, "grpo", ("score", "gold", "kl", "entropy", "response_length", "flat"))
-    method: Any = settle_method(args, run.world)
-    g, n_prompts = args.samples_per_prompt, args.batch_size // args.samples_per_prompt
-    pairwise = args.method in PAIR_METHODS
-    has_reference = pairwise or args.kl != "none"  # in rewards or loss
-
-    # Roles, rewards, data, optimiser
-    model, tokenizer, stop_ids, adapter = load_model(args, run.device)
-    flat = model.config.model_type in FLAT_ROW_MODELS
-    check(
-        flat or not pairwise, f"--method {args.method}: pairs need one row, {model.config.model_type} can't share any"
-    )
-    model = add_adapter(model, "policy", adapter, args)
-    if adapter or args.sync_ref_every:  # a bare base that stays the reference is the model with the adapters off
-        add_adapter(model, "reference", adapter, args)
-    rewards = load_rewards(model, tokenizer, args)
-    args.gold_fn = args.gold_fn or (f"{TINY / 'annotator.py'}:gold" if args.dataset == Args.dataset else None)
-    gold = load_function(args.gold_fn) if args.gold_fn else None
-    prompts, heldout = load_data(["prompt"], encode_rl, tokenizer, stop_ids, run)
-    check(len(heldout), "--eval_size 0: RL is judged on held-out prompts; hold some out or give --eval_dataset")
-    check_positions(model, max(prompts["length"]) + args.max_response_length)
-    weights = [p for name, p in model.named_parameters() if ".policy." in name]
-    reference = [p for name, p in model.named_parameters() if ".reference." in name and args.sync_ref_every]
-    start_reference = [p.detach().clone() for p in reference]
-    optimizer = make_optimizer(weights, args)
-    total_steps = math.ceil(args.epochs * len(prompts) / n_prompts)
-    total_steps = min(total_steps, args.max_steps or total_steps)
-    questions = take(heldout, range(len(heldout)))
-
-    def judge(who: str) -> dict[str, Any]:
-        """Against the reference of the start."""
-        now = [p.detach().clone() for p in reference]
-        set_weights(reference, start_reference)
-        result = evaluate(model, tokenizer, stop_ids, questions, rewards, gold, args, who)
-        set_weights(reference, now)
-        return result
-
-    before, after = judge("reference"), {}
-
-    for step in run.steps(total_steps, weights + reference, [optimizer]):
-        start = time.time()
-
-        # 1. Rollout: G responses y ~ pi_old(.|x) to each prompt, and their rewards; groups without signal refilled
-        rollout, table, n_refilled = collect(model, tokenizer, stop_ids, prompts, rewards, run)
-        mask, rows, sampled = rollout.mask, rollout.rows(), time.time()
-
-        # 2. Total rewards; log pi_ref where it is needed; log pi_old where rewards need it, else the update has it too
-        scores = penalised_rewards(table, rollout, rewards, args)
-        (n_known,) = run.total((~scores.isnan()).sum().item())
-        check(n_known, f"{', '.join(reward.name for reward in rewards)} returned None for every response")
-        old_logprobs, ref_logprobs = rollout.sampler_logprobs, torch.zeros_like(rollout.sampler_logprobs)
-        if has_reference or step == 0:
-            ref_logprobs, _ = role_logprobs(model, "reference", rows, mask, args)
-        knows_old = args.kl == "k1" or step == 0
-        if knows_old:
-            old_logprobs, _ = role_logprobs(model, "policy", rows, mask, args)
-        if step == 0:
-            preflight(model, rollout, old_logprobs, ref_logprobs, args)
-
-        # 3. Advantages: each response against its group, the batch or the greedy response; or pairs of responses
-        mask = mask * rollout.ended.long()[:, None] if args.mask_truncated else mask
-        if pairwise:
-            scores = scores.masked_fill(mask[:, 0] == 0, math.nan)
-            pairs, pair_weights = rank_pairs(scores, g, method.pairs)
-            wins, compared = win_probabilities(scores, g), pairs.unique()
-            mask = mask * torch.isin(torch.arange(len(mask)), compared).to(run.device)[:, None]
-            rows = lay_out(compared.tolist(), rollout.prompts, rollout.responses, model, args)
-            n_ranked = max(1.0, run.total(pair_weights.sum().item())[0])  # prompts with a pair, each counts 1
-        else:
-            returns, baseline = scores[:, None].expand(mask.shape), None
-            if args.kl == "k1":
-                returns = rewards_to_go(scores, old_logprobs, ref_logprobs, rollout.mask, args.kl_coef)
-            if args.advantage == "greedy":
-                baseline = greedy_rewards(model, tokenizer, stop_ids, rollout, rewards, args)
-            add_up = partial(run.processes.reduce, reduction="sum")
-            advantages = response_advantages(returns, mask, baseline, add_up, args)
-        scored = time.time()
-
-        # 4. mu updates of the policy, each on the whole batch
-        learning_rate = learning_rate_at(step, total_steps, args.learning_rate, args.warmup_ratio)
-        n_tokens = max(1.0, run.total(mask.sum().item())[0])
-        updates: list[list[float]] = []
-        for update in range(args.mu):
-            sums = torch.zeros(4, device=run.device)
-            with role(model, "policy", grad=True):
-                for row in rows:
-                    logprobs, entropy = token_logprobs(model, row, args.temperature, args.entropy_coef != 0)
-                    if update == 0 and not knows_old and not pairwise:
-                        old_logprobs[row.at] = logprobs.detach()
-                    logprobs, entropy = in_table(logprobs, row, mask), in_table(entropy, row, mask)
-                    kept, old, ref = (x[row.numbers] for x in (mask, old_logprobs, ref_logprobs))
-                    if pairwise:
-                        here, weight = pairs_of(row, pairs, pair_weights)
-                        h = ((logprobs - ref) * kept).sum(1)
-                        losses = pair_losses(h, kept.sum(1), wins[row.numbers], here, args.method, method.beta)
-                        loss = (losses * weight).sum() / n_ranked
-                        margin = method.beta * (h[here[:, 0]] - h[here[:, 1]])
-                        won = torch.sign(margin.round(decimals=5)) / 2 + 0.5  # a tie counts half
-                        share = (won * weight).sum() / n_ranked
-                    else:
-                        losses = token_losses(logprobs, old, ref, advantages[row.numbers], kept, args)
-                        how = method.aggregation, args.batch_size, n_tokens, args.max_response_length
-                        loss = (losses * token_weights(kept, *how)).sum()
-                        ratio = importance_ratio(logprobs, old, kept, method.ratio)
-                        outside = (ratio < 1 - method.clip_low) | (ratio > 1 + method.clip_high)
-                        share = (outside * kept).sum() / n_tokens
-                    loss = loss - args.entropy_coef * (entropy * kept).sum() / n_tokens
-                    loss.backward()
-                    per_token = [(x * kept).sum() / n_tokens for x in (old_new_kl(logprobs, old), entropy)]
-                    sums += torch.stack([loss, share, *per_token]).detach()
-            norm = run.clip_gradients(optimizer, learning_rate)
-            optimizer.step()
-            optimizer.zero_grad()
-            updates.append([*run.total(*sums.tolist()), norm])
-        if args.sync_ref_every and (step + 1) % args.sync_ref_every == 0:
-            set_weights(reference, weights)
-        seconds = {
-            "seconds": time.time() - start,
-            "rollout_seconds": sampled - start,
-            "score_seconds": scored - sampled,
-        }
-
-        # 5. Log, evaluate
-        golds = call_function(gold, rollout.prompts, rollout.texts) if gold else np.zeros(0)
-        total = total_rewards(table, [reward.weight for reward in rewards])
-        log_ratio = old_logprobs - (ref_logprobs if has_reference else torch.nan)
-        means = rollout_means(run, rollout, rewards, table, golds, log_ratio)
-        names = ("policy_loss", "accuracy" if pairwise else "clip_fraction", "approx_kl", "entropy", "grad_norm")
-        metrics = {"step": step, **means, **dict(zip(names, np.mean(updates, axis=0).tolist(), strict=True))}
-        metrics |= {"refilled": int(run.total(n_refilled)[0]), "learning_rate": learning_rate}
-        if run.evaluates(step):
-            after = judge("policy")
-            metrics |= {f"heldout_{k}": interval(after[k])[0] for k in ("score", "gold", "kl") if k in after}
-        if step % 10 == 0:
-            run.add("samples.jsonl", rollout_samples(rollout, total, log_ratio, step))
-        tokens = means["response_length"] * args.batch_size
-        run.log(metrics, {**seconds, "tokens_per_second": tokens / seconds["seconds"]})
-
-    run.finish(model, "policy", tokenizer, stop_ids, report(run, questions, before, after or judge("policy")))
-
-
-# =================================================================================================================
-# The rest is plumbing, in the order in which main calls it: run folder, method, roles, data, rows, sampler, scoring.
-# =================================================================================================================
+# ----------------------------------------------------------------------------------------------------------- constants
 HEAD_KEY = "base_model.model.score.weight"  # where AutoModelForSequenceClassification + PEFT look for a reward head
 FLAT_ROW_MODELS = ("llama", "qwen2", "qwen3", "mistral", "phi3", "smollm3", "gpt2", "gemma2", "gemma3_text")
 SIDE_BY_SIDE_MODELS = ("llama", "qwen2", "qwen3", "mistral", "phi3", "smollm3")  # the sampler's; without windows
@@ -661,7 +610,7 @@ TEXT_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"  # --cha
 GREEDY = 1e-4  # a temperature at which the sampler takes the most likely token
 
 
-# ---------------------------------------------------------------------------------------------------- more methods
+# -------------------------------------------------------------------------------------------------------- more methods
 def leave_one_out_advantages(rewards: Tensor, samples_per_prompt: int) -> Tensor:
     """A (B,) = R - mean of the prompt's other responses (Ahmadian et al. 2024, RLOO).
 
@@ -732,6 +681,46 @@ def win_probabilities(rewards: Tensor, samples_per_prompt: int) -> Tensor:
     beats = torch.sigmoid(groups[:, :, None] - groups[:, None])
     beats.diagonal(dim1=1, dim2=2).fill_(math.nan)
     return beats.nanmean(2).flatten()
+
+
+def rank_pairs(rewards: Tensor, samples_per_prompt: int) -> Tensor:
+    """Pairs (P, 2): the first best and first worst response to each prompt; none where rewards are equal or unknown.
+
+    >>> rank_pairs(torch.tensor([1.0, 3.0, 2.0, 5.0, 5.0, math.nan]), 3)
+    tensor([[1, 0]])
+    """
+    groups = rewards.view(-1, samples_per_prompt)
+    best, worst = groups.nan_to_num(-math.inf).argmax(1), groups.nan_to_num(math.inf).argmin(1)
+    firsts = samples_per_prompt * torch.arange(len(groups), device=rewards.device)
+    pairs = torch.stack([firsts + best, firsts + worst], 1)
+    return pairs[rewards[pairs[:, 0]] > rewards[pairs[:, 1]]]
+
+
+def pair_losses(log_ratio: Tensor, lengths: Tensor, wins: Tensor, pairs: Tensor, method: str, beta: float) -> Tensor:
+    """Losses (P,) of pairs (P, 2), better and worse, of k responses: log_ratio (k,) of pi to pi_ref, lengths (k,) in
+    tokens, wins (k,) as win_probabilities has them.
+
+    >>> h, n, p = torch.tensor([-7.0, 3.0]), torch.tensor([2, 5]), torch.tensor([0.0, 1.0])
+    >>> pair_losses(h, n, p, torch.tensor([[1, 0]]), "sppo", 0.1)  # (3 - 5)^2 + (-7 + 5)^2
+    tensor([8.])
+    """
+    chosen, rejected = pairs.T
+    h_w, h_l = log_ratio.index_select(0, chosen), log_ratio.index_select(0, rejected)
+    if method == "online_ipo":
+        return ipo_loss(h_w, h_l, lengths[chosen], lengths[rejected], beta)
+    if method == "sppo":
+        return sppo_loss(h_w, wins[chosen], beta) + sppo_loss(h_l, wins[rejected], beta)
+    return dpo_loss(h_w, h_l, beta, 0.0)
+
+
+def pair_terms(h: Tensor, lengths: Tensor, numbers: list[int], wins: Tensor, pairs: Tensor, args: Any) -> list[Tensor]:
+    """Sums over those of the pairs (P, 2) that are among these k responses: of their losses, and of 1 where the better
+    one has the larger h (a tie counts half); h, lengths, numbers (k,), ascending; wins (B,)."""
+    places = torch.tensor(numbers, device=h.device)
+    pairs = torch.searchsorted(places, pairs[torch.isin(pairs[:, 0], places)])  # a pair is in one row
+    losses = pair_losses(h, lengths, wins[places], pairs, args.method, args.beta)
+    margin = args.beta * (h[pairs[:, 0]] - h[pairs[:, 1]])
+    return [losses.sum(), (torch.sign(margin.round(decimals=5)) / 2 + 0.5).sum()]
 
 
 # -------------------------------------------------------------------------------------------- mistakes of the user
@@ -942,36 +931,29 @@ class Run:
 
 
 # ----------------------------------------------------------------------------------- method, model, roles, rewards
-def settle_method(args: Args, world: int) -> Args:
+def settle_method(args: Any, world: int) -> Any:
     """Flags that were not given take the method's values; contradicting or impossible flags, each as one line."""
-    preset: dict[str, Any] = {"beta": PAIR_METHODS.get(args.method), "pairs": "best_worst"}
-    preset |= {"max_refills": 0, "overlong_buffer": 0.0}
+    preset = {"beta": PAIR_METHODS.get(args.method), "max_refills": 0, "overlong_buffer": 0.0}
     preset = METHODS[args.method]._asdict() if args.method in METHODS else preset
-    for name in (*Method._fields, "beta", "pairs"):
+    for name in (*Method._fields, "beta"):
         given = getattr(args, name)
         check(given is None or name in preset, f"--{name} has no part in --method {args.method}")
         setattr(args, name, preset.get(name) if given is None else given)
-    sources = [args.rewards, args.reward_fn, args.reward_model]
-    if not any(sources):
-        tiny = Path(args.dataset).resolve().parent == TINY
-        check(tiny, "what is a good response? Give --reward_fn, --reward_model or --rewards")
-        args.reward_fn = f"{TINY / 'facts.py'}:right"
-    several = "several of --rewards, --reward_fn, --reward_model: name all of them in --rewards, with weights"
-    check(sum(map(bool, sources)) <= 1, several)
-    share = f"--overlong_buffer {args.overlong_buffer}: a share of --max_response_length, from 0 to 1"
-    check((args.overlong_buffer or 0) <= 1, share)
-    none = f"--sync_ref_every: --method {args.method} has no reference unless --kl k1, k2 or k3 is given"
-    check(not args.sync_ref_every or args.kl != "none", none)
-    alone = args.advantage in ("batch_mean", "whiten", "greedy")  # a group may be of one
-    signal = f"--max_refills: to --advantage {args.advantage} a group of equal rewards is a signal"
-    check(not (args.max_refills and alone), signal)
+    if Path(args.dataset).resolve().parent == TINY and not (args.rewards or args.reward_model):
+        args.reward_fn = args.reward_fn or f"{TINY / 'facts.py'}:right"
+    one = sum(map(bool, (args.rewards, args.reward_fn, args.reward_model))) == 1
+    choices = "Give --reward_fn, --reward_model or --rewards; of several, name all of them in --rewards, with weights"
+    check(one, f"what is a good response? {choices}")
+    check(args.overlong_buffer <= 1, f"--overlong_buffer {args.overlong_buffer}: a share of the length, from 0 to 1")
+    needs = f"--sync_ref_every: --method {args.method} has no reference unless --kl k1, k2 or k3 is given"
+    check(args.kl != "none" or not args.sync_ref_every, needs)
+    alone = args.advantage in ("batch_mean", "whiten", "greedy")  # a group may be of one, or of equal rewards
+    check(not (args.max_refills and alone), f"--max_refills: a flat group is a signal to --advantage {args.advantage}")
     check(args.lora_r != 0, "--lora_r 0: RL trains LoRA adapters only; use a rank of at least 1")
-    g, least = args.samples_per_prompt, 1 if alone else 2
-    fits = g >= least and args.batch_size % (g * world) == 0
-    check(fits, f"--batch_size {args.batch_size}: no multiple of --samples_per_prompt {g} x {world} processes, or a "
-          f"group of less than {least}")  # fmt: skip
-    settings = ", ".join(f"{name} {getattr(args, name)}" for name in preset)
-    print(f"grpo: --method {args.method}: {settings}")
+    g, b = args.samples_per_prompt, args.batch_size
+    check(g > 1 or alone, f"--samples_per_prompt {g}: a group of less than 2")
+    check(b % (g * world) == 0, f"--batch_size {b}: no multiple of --samples_per_prompt {g} x {world} processes")
+    print(f"grpo: --method {args.method}:", ", ".join(f"{name} {getattr(args, name)}" for name in preset))
     return args
 
 
@@ -1169,43 +1151,40 @@ class Reward(NamedTuple):
     tokenizer: Any = None  # None: reads the policy's token ids; else its text, rendered with this one's template
 
 
-def load_reward(source: str, model: Any, tokenizer: Any, args: Any, weight: float = 1.0, who: str = "reward") -> Reward:
+def load_reward(source: str, model: Any, tokenizer: Any, args: Any, who: str = "reward") -> Reward:
     """file.py:function, or a reward model: an adapter `who` on the shared base where it was trained on that base, else
     a model of its own."""
     if source.partition(":")[0].endswith(".py"):
-        return Reward(source, weight, load_function(source))
+        return Reward(source, function=load_function(source))
     base, is_adapter = find_base(source)
     own = load_tokenizer(source, None, args)
     if not is_adapter:
         model = load_base(source, args, model.device, AutoModelForSequenceClassification)
         one = model.config.num_labels == 1 and hasattr(model, "score")
         check(one, f"{source}: no run folder of reward.py, nor a model with one score")
-        return Reward(source, weight, None, model, who, model.score.weight.detach().float(), 0.0, own)
+        return Reward(source, model=model, head=model.score.weight.detach().float(), tokenizer=own)
     from peft import load_peft_weights
 
     shared = base == model.get_base_model().config._name_or_path
     model = add_adapter(model if shared else load_base(base, args, model.device), who, source, args)
     head: Any = load_peft_weights(source, device=str(model.device)).get(HEAD_KEY)
-    width = model.get_base_model().config.hidden_size
-    check(head is not None and head.shape == (1, width), f"{source}: no reward head of {width}; from reward.py?")
+    check(head is not None, f"{source}: no reward head; from reward.py?")
     card = json.loads(path.read_text()) if (path := Path(source, "reward.json")).is_file() else {}
-    same = shared and own.chat_template == tokenizer.chat_template
-    return Reward(source, weight, None, model, who, head.float(), card.get("mean", 0.0), None if same else own)
+    reads_ids = shared and own.chat_template == tokenizer.chat_template
+    return Reward(source, 1.0, None, model, who, head.float(), card.get("mean", 0.0), None if reads_ids else own)
 
 
 def load_rewards(model: Any, tokenizer: Any, args: Args) -> list[Reward]:
     """The rewards of --rewards, else --reward_fn or --reward_model, named by function or folder."""
     found: list[Reward] = []
-    for text in args.rewards or [str(args.reward_fn or args.reward_model)]:
-        source, _, weight = text.rpartition("=") if args.rewards and "=" in text else (text, "", "1")
-        try:
-            factor = float(weight)
-        except ValueError:
-            factor = math.nan
-        check(math.isfinite(factor), f"--rewards {text}: {weight} is no weight; expected SOURCE or SOURCE=WEIGHT")
-        reward = load_reward(source, model, tokenizer, args, factor, f"reward{len(found) or ''}")
-        name = source.rpartition(":")[2] if reward.function else Path(source).name
-        found.append(reward._replace(name=source if name in [r.name for r in found] else name))
+    for text in args.rewards or [f"{args.reward_fn or args.reward_model}=1"]:
+        source, _, weight = text.rpartition("=") if "=" in text else (text, "", "1")
+        number = re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", weight)
+        check(number, f"--rewards {text}: {weight} is no weight; expected SOURCE or SOURCE=WEIGHT")
+        reward = load_reward(source, model, tokenizer, args, f"reward{len(found) or ''}")
+        name = re.split("[:/]", source)[-1]
+        name = source if name in [r.name for r in found] else name
+        found.append(reward._replace(name=name, weight=float(weight)))
     return found
 
 
@@ -1213,41 +1192,36 @@ def load_function(spec: str) -> Callable:
     """The function that `file.py:function` names."""
     file, _, name = spec.rpartition(":")
     check(Path(file).is_file(), f"{spec}: no such file; expected file.py:function")
-    module_spec: Any = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(module_spec)
     try:
-        module_spec.loader.exec_module(module)
+        function: Any = runpy.run_path(file).get(name)
     except Exception as error:  # whatever the user's file raises
         raise UserError(f"{spec}: {file} can't be loaded ({type(error).__name__}: {first_line(error)})") from error
-    check(callable(getattr(module, name, None)), f"{spec}: {file} has no function {name}")
-    return getattr(module, name)
+    check(callable(function), f"{spec}: {file} has no function {name}")
+    return function
 
 
 def call_function(function: Callable, prompts: list[dict], responses: list[str]) -> np.ndarray:
-    """function(prompts, responses, **columns) -> (B,) float64, NaN where it returned None.
-
-    What may pass, a server's 503 or a timeout, is tried three times more; a mistake in the code is not.
-    """
+    """function(prompts, responses, **columns) -> (B,) float64, NaN where it returned None; three tries more where it
+    fails, as a server's 503 or a timeout may pass."""
     names = sorted({name for p in prompts for name in p["columns"]})  # rows may lack some
     columns = {name: [p["columns"].get(name) for p in prompts] for name in names}
-    bugs = (TypeError, ValueError, LookupError, AttributeError, NameError, ArithmeticError, AssertionError)
+    name = f"reward function {function.__name__}"
     for wait in (1, 5, 25, 0):
         try:
-            values = list(function([p["prompt"] for p in prompts], responses, **columns))
-            values = [x.item() if getattr(x, "ndim", 1) == 0 else x for x in values]  # of an array or tensor
+            found = function([p["prompt"] for p in prompts], responses, **columns)
+            values = [x.item() if hasattr(x, "item") else x for x in found]  # of arrays and tensors
             break
         except Exception as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
-            text = f"{place.filename}:{place.lineno}: {type(error).__name__}: {first_line(error)}"
-            check(wait and not isinstance(error, bugs), f"reward function {function.__name__}: {text}")
+            text = f"{name}: {place.filename}:{place.lineno}: {type(error).__name__}: {first_line(error)}"
+            check(wait, text)
             tqdm.write(f"{text}; trying again in {wait} s")
             time.sleep(wait)
-    name = f"reward function {function.__name__}"
     check(len(values) == len(responses), f"{name} returned {len(values)} values for {len(responses)} responses")
-    for value, prompt, response in zip(values, prompts, responses, strict=True):
-        fine = value is None or (isinstance(value, int | float) and math.isfinite(value))
-        check(fine, f"{name} returned {value!r} for prompt {prompt['prompt']!r}, response {response!r}")
-    return np.array([math.nan if value is None else value for value in values], dtype=float)
+    for x, p, y in zip(values, prompts, responses, strict=True):
+        fine = x is None or (isinstance(x, int | float) and math.isfinite(x))
+        check(fine, f"{name} returned {x!r} for prompt {p['prompt']!r}, response {y!r}")
+    return np.array(values, dtype=float)
 
 
 # ------------------------------------------------------------------------------------------------------------ data
@@ -1401,6 +1375,15 @@ def encode_rl(row: dict, tokenizer: Any, stop_ids: list[int], args: Any) -> list
     return [{**example, "key": json.dumps(messages), "length": len(ids)}]
 
 
+def load_prompts(model: Any, tokenizer: Any, run: Run) -> tuple[Dataset, list[dict]]:
+    """Prompts to train on, and held-out ones; a response to each fits the model's positions."""
+    args = run.args
+    prompts, heldout = load_data(["prompt"], encode_rl, tokenizer, [], run)
+    check(len(heldout), f"--eval_size {args.eval_size}: RL is judged on held-out prompts; hold some out")
+    check_positions(model, max(*prompts["length"], *heldout["length"]) + args.max_response_length)
+    return prompts, take(heldout, range(len(heldout)))
+
+
 def batch_indices(step: int, lengths: Any, batch_size: int, seed: int) -> list[int]:
     """Rows of batch `step`: a new permutation each epoch, a function of (seed, step), so resuming needs no cursor.
 
@@ -1537,21 +1520,6 @@ def token_logprobs(
         return chunked_logprobs(partial(lm_logits, model), states, row.targets, temperature, size, entropy_grad)
 
 
-def in_table(values: Tensor, row: Row, mask: Tensor) -> Tensor:
-    """Values of the row's n tokens -> (k, T) of its k responses, mask[row.numbers]'s shape: what the maths takes. A
-    response is never split over rows, so means and ratios of whole responses are exact."""
-    numbers = torch.tensor(row.numbers, device=values.device)  # ascending
-    place = torch.searchsorted(numbers, row.at[0]), row.at[1]
-    return torch.zeros(len(numbers), mask.shape[1], device=values.device).index_put(place, values)
-
-
-def pairs_of(row: Row, pairs: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The pairs among the row's k responses, counted from 0 to k - 1, and their weights; a pair is in one row."""
-    numbers = torch.tensor(row.numbers)
-    here = torch.isin(pairs[:, 0], numbers)
-    return torch.searchsorted(numbers, pairs[here]).to(row.ids.device), weights[here].to(row.ids.device)
-
-
 def role_tables(model: Any, who: str, rows: list[Row], mask: Tensor, compute: Any, grad: bool = False) -> list[Tensor]:
     """Tables (B, T) of what compute(row) says of each response token in the role `who`, detached."""
     with role(model, who, grad):
@@ -1565,10 +1533,8 @@ def role_tables(model: Any, who: str, rows: list[Row], mask: Tensor, compute: An
 
 def role_logprobs(model: Any, who: str, rows: list[Row], mask: Tensor, args: Any) -> list[Tensor]:
     """Log-probs and entropies (B, T); the policy's as in the update: 4-bit kernels may differ without gradients."""
-    grad = who == "policy"
-    return role_tables(
-        model, who, rows, mask, lambda row: token_logprobs(model, row, args.temperature, detached=True), grad
-    )
+    compute = partial(token_logprobs, model, temperature=args.temperature, detached=True)
+    return role_tables(model, who, rows, mask, compute, grad=who == "policy")
 
 
 # --------------------------------------------------------------------------------------------------------- sampler
@@ -1600,7 +1566,7 @@ class RoomyLayer(StaticLayer):
         return int(self.cumulative_length) + query_length, 0
 
 
-def capture_step(model: Any, cache: Any, mask: Tensor) -> Callable[[Tensor, Tensor], Any]:
+def capture_step(forward: Callable, cache: Any, mask: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     """A decoding step of fixed shapes, on a GPU as one CUDA graph: launching its thousands of kernels takes seven times
     as long as they do.
 
@@ -1611,32 +1577,27 @@ def capture_step(model: Any, cache: Any, mask: Tensor) -> Callable[[Tensor, Tens
     token, position = torch.zeros(2, rows, k, dtype=torch.long, device=mask.device)
     lengths = [layer.cumulative_length.clone() for layer in cache.layers]
 
-    def run() -> Tensor:
-        return model(input_ids=token, position_ids=position, attention_mask=mask, past_key_values=cache).logits
-
     def rewind() -> None:  # what a run without effect wrote is overwritten before any token may see it
         for layer, length in zip(cache.layers, lengths, strict=True):
             layer.whole = True
             layer.cumulative_length.copy_(length)
 
     rewind()
-    graph = torch.cuda.CUDAGraph() if mask.is_cuda else None
-    if graph is not None:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            run()
-        torch.cuda.current_stream().wait_stream(side)
-        rewind()
-        with torch.cuda.graph(graph):
-            logits = run()
-        rewind()
+    if not mask.is_cuda:
+        return lambda token, position: forward(token, position, mask).logits
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        forward(token, position, mask)
+    torch.cuda.current_stream().wait_stream(side)
+    rewind()
+    with torch.cuda.graph(graph):
+        logits = forward(token, position, mask).logits
+    rewind()
 
     def step(new_token: Tensor, new_position: Tensor) -> Tensor:
         token.copy_(new_token)
         position.copy_(new_position)
-        if graph is None:
-            return run()
         graph.replay()
         return logits
 
@@ -1657,13 +1618,11 @@ def sample(
     """
     some = max(1, batch_size // g)
     if len(prompts) > some:
-        parts = []
+        rest, parts = (g, max_tokens, temperature, stop_ids, batch_size, key, static), []
         for i in tqdm(range(0, len(prompts), some), desc="sampling", leave=False, disable=None):
-            part = prompts[i : i + some], names[i : i + some], g, max_tokens, temperature, stop_ids, batch_size, key
-            parts.append(sample(model, *part, static))
+            parts.append(sample(model, prompts[i : i + some], names[i : i + some], *rest))
         return [y for ys, _ in parts for y in ys], [x for _, xs in parts for x in xs]
-    numbers = [(name, i) for name in names for i in range(g)]
-    bits = [np.random.Philox(key=key[:2], counter=[0, i, name, key[2]]) for name, i in numbers]
+    bits = [np.random.Philox(key=key[:2], counter=[0, i, name, key[2]]) for name in names for i in range(g)]
     noise = np.stack([np.random.Generator(bit).random(max_tokens) for bit in bits])
     model = model.get_base_model() if hasattr(model, "peft_config") else model
     device, config, attention = model.device, model.config, model.config._attn_implementation
@@ -1673,8 +1632,11 @@ def sample(
     static = shared and (device.type == "cuda" if static is None else static)
     AttentionInterface.register("grouped", grouped_attention)
     AttentionMaskInterface.register("grouped", sdpa_mask)
-    plain = "sdpa" if attention == "flex_attention" else attention
-    model.set_attn_implementation("grouped" if shared else plain)
+    model.set_attn_implementation("grouped" if shared else "sdpa" if attention == "flex_attention" else attention)
+
+    def forward(token: Tensor, position: Tensor, mask: Tensor, last: int = 0) -> Any:  # 0: logits of all tokens
+        given: dict[str, Any] = {"input_ids": token, "position_ids": position, "attention_mask": mask}
+        return model(**given, past_key_values=cache, use_cache=True, logits_to_keep=last)
 
     # The prompts, padded on the left, in pieces of 4096 tokens: memory
     width = max(map(len, prompts))
@@ -1684,16 +1646,13 @@ def sample(
     cache: Any = Cache(layers=[RoomyLayer(columns) for _ in range(config.num_hidden_layers)]) if shared else None
     size = max(1, 4096 // len(prompts)) if shared else width
     for i in range(0, width, size):
-        output = model(
-            input_ids=ids[:, i : i + size], attention_mask=real[:, : i + size], position_ids=position[:, i : i + size],
-            past_key_values=cache, use_cache=True, logits_to_keep=1,
-        )  # fmt: skip
+        output = forward(ids[:, i : i + size], position[:, i : i + size], real[:, : i + size], 1)
         cache = getattr(output, "past_key_values", None)
         check(cache, f"{config.model_type} models keep their state in no cache of transformers; they can't be sampled")
     logits = output.logits.expand(-1, g, -1)
     segment = nn.functional.pad(real - 1, (0, columns - width), value=-1)  # of each column: -1 empty, 0 prompt, i + 1
     mask = torch.zeros(len(real), 1, g, columns, dtype=model.dtype, device=device)
-    step = capture_step(model, cache, mask) if static else None
+    step = capture_step(forward, cache, mask) if static else None
 
     # Token by token: token t of response i of a row stands in column width + t * g + i while no response has left
     uniform, stops = torch.from_numpy(noise).to(device).view(-1, g, max_tokens), torch.tensor(stop_ids, device=device)
@@ -1720,19 +1679,15 @@ def sample(
             slot = going.int().argsort(dim=1, descending=True, stable=True)[:, : int(going.sum(1).max())]
         begin, end = end, end + slot.shape[1]
         segment[:, begin:end] = torch.where(ended[row, slot], -1, slot + 1)
-        hidden = (segment[:, None] != slot[..., None] + 1) & (segment != 0)[:, None]
+        seen = segment[:, None, : columns if static else end]
+        hidden = ((seen != slot[..., None] + 1) & (seen != 0))[:, None]
+        token, position = tokens[row, slot, t], (length + t).expand(slot.shape)
         if step is not None:
-            mask.zero_().masked_fill_(hidden[:, None], torch.finfo(mask.dtype).min)
-            logits = step(tokens[row, slot, t], length + t)
-            continue
-        seen: Any = (segment[:, :end] >= 0).long()
-        if shared:
-            seen = torch.zeros_like(hidden[:, None, :, :end], dtype=model.dtype)
-            seen.masked_fill_(hidden[:, None, :, :end], torch.finfo(seen.dtype).min)
-        logits = model(
-            input_ids=tokens[row, slot, t], position_ids=(length + t).expand(slot.shape), attention_mask=seen,
-            past_key_values=cache, use_cache=True,
-        ).logits  # fmt: skip
+            mask.zero_().masked_fill_(hidden, torch.finfo(mask.dtype).min)
+            logits = step(token, position)
+        else:
+            additive = torch.zeros_like(hidden, dtype=model.dtype).masked_fill_(hidden, torch.finfo(mask.dtype).min)
+            logits = forward(token, position, additive if shared else (seen[:, 0] >= 0).long()).logits
     model.set_attn_implementation(attention)
     stopped = torch.isin(tokens, stops).int()
     lengths = torch.where(ended, stopped.argmax(-1) + 1, max_tokens).view(-1).tolist()
@@ -1757,33 +1712,18 @@ class Rollout(NamedTuple):
         return [row for minibatch in self.minibatches for row in minibatch]
 
 
-def roll_out(
-    model: Any, tokenizer: Any, stop_ids: list[int], prompts: list[dict], names: list[int], g: int, n_minibatches: int,
-    who: str, key: tuple[int, int, int], args: Any,
-) -> Rollout:  # fmt: skip
-    """Sample g responses to each prompt in the role `who` and lay them out in flat rows."""
+def roll_out(lm: Any, prompts: list[dict], names: list, g: int, parts: int, who: str, key: tuple, args: Any) -> Rollout:
+    """Sample g responses to each prompt in the role `who`, in flat rows; lm: model, tokenizer, ids that end a response;
+    names, key: those of `sample`; parts: minibatches."""
+    model, _, stop_ids = lm
+    how = args.max_response_length, args.temperature, stop_ids, args.sample_batch_size, key
     with role(model, who):
-        responses, logprobs = sample(
-            model, [p["ids"] for p in prompts], names, g, args.max_response_length, args.temperature, stop_ids,
-            args.sample_batch_size, key,
-        )  # fmt: skip
-    prompts = [p for p in prompts for _ in range(g)]
-    ids, minibatches = [p["ids"] for p in prompts], []
-    for part in np.array_split(np.arange(len(ids)), n_minibatches):
-        groups = [list(group) for _, group in itertools.groupby(part.tolist(), key=lambda i: i // g)]
-        minibatches.append(flat_rows(groups, ids, responses, model, args.tokens_per_batch))
-    ones = [torch.ones(len(y), dtype=torch.long) for y in responses]
-    mask = nn.utils.rnn.pad_sequence(ones, batch_first=True).to(model.device)
-    sampled = nn.utils.rnn.pad_sequence([torch.tensor(x) for x in logprobs], batch_first=True).to(model.device)
-    ended = torch.tensor([float(y[-1] in stop_ids) for y in responses], device=model.device)
-    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-    return Rollout(prompts, responses, texts, minibatches, mask, ended, sampled)
+        responses, logprobs = sample(model, [p["ids"] for p in prompts], names, g, *how)
+    return lay_out(lm, [p for p in prompts for _ in range(g)], responses, logprobs, parts, args)
 
 
-def collect(
-    model: Any, tokenizer: Any, stop_ids: list[int], prompts: Dataset, rewards: list[Reward], run: Run
-) -> tuple[Rollout, Tensor, int]:
-    """One step's rollout, its reward table (B, F), and how many groups were refilled, on this process.
+def collect(lm: Any, prompts: Dataset, rewards: list[Reward], run: Run) -> tuple[Rollout, Tensor, int]:
+    """This process's share of the step's rollout, its rewards (B, F), and how many of its groups were refilled.
 
     A group of equal rewards (penalties aside) gives way to a prompt that the batch lacks, at most --max_refills times
     (Yu et al. 2025, section 3.2). Which one, and its noise, depend on seed, step, round and place, on no other group.
@@ -1791,74 +1731,63 @@ def collect(
     args: Any = run.args
     g, n_prompts, key = args.samples_per_prompt, args.batch_size // args.samples_per_prompt, (args.seed, 0, run.step)
     chosen = batch_indices(run.step, prompts["length"], n_prompts, args.seed)
-    places = list(range(n_prompts))[
-        run.rank :: run.world
-    ]  # a prompt's place in the batch, and its round, name its noise
-
-    def answers(numbers: list[int], names: list[int]) -> tuple[Rollout, Tensor]:
-        batch = take(prompts, numbers)
-        rollout = roll_out(model, tokenizer, stop_ids, batch, names, g, 1, "policy", key, args)
-        return rollout, reward_table(rollout, rewards, args)
-
-    rollout, table = answers([chosen[place] for place in places], places)
     spare = np.setdiff1d(np.arange(len(prompts)), chosen)
     spare = np.random.default_rng((args.seed, 2, run.step)).permutation(spare)
-    refilled = 0
-    for attempt in range(args.max_refills if len(spare) else 0):
-        flat = flat_groups(total_rewards(table, [reward.weight for reward in rewards]), g).nonzero()[:, 0].tolist()
-        if not flat:
+    order = [*chosen, *np.resize(spare, args.max_refills * n_prompts if len(spare) else 0)]  # rounds of prompts
+    places = wanted = list(range(n_prompts))[run.rank :: run.world]
+    groups: dict[int, list] = {}  # by place
+    n_sampled = 0
+    for first in range(0, len(order), n_prompts):
+        names = [first + place for place in wanted]  # they name the noise
+        batch = take(prompts, [order[name] for name in names])
+        rollout = roll_out(lm, batch, names, g, 1, "policy", key, args)
+        table = reward_table(rollout, rewards, args)
+        logprobs = rollout.sampler_logprobs.tolist()
+        responses = list(zip(rollout.prompts, rollout.responses, logprobs, table, strict=True))
+        groups |= {place: responses[k * g : (k + 1) * g] for k, place in enumerate(wanted)}
+        n_sampled += len(wanted)
+        flat = flat_groups(total_rewards(table, rewards), g).tolist()
+        wanted = [place for place, is_flat in zip(wanted, flat, strict=True) if is_flat]
+        if not wanted:
             break
-        numbers = [attempt * n_prompts + places[k] for k in flat]
-        new, new_table = answers([spare[n % len(spare)] for n in numbers], [n_prompts + n for n in numbers])
-        table.view(len(places), g, -1)[flat] = new_table.view(len(flat), g, -1)
-        rollout = replace_groups(rollout, flat, new, model, args)
-        refilled += len(flat)
-    return rollout, table, refilled
+    if n_sampled > len(places):
+        columns = zip(*(x for place in places for x in groups[place]), strict=True)
+        asked, found, logprobs, values = map(list, columns)
+        rollout = lay_out(lm, asked, found, logprobs, 1, args)
+        table = torch.stack(values)
+    return rollout, table, n_sampled - len(places)
 
 
-def lay_out(numbers: list[int], prompts: list[dict], responses: list[list[int]], model: Any, args: Any) -> list[Row]:
-    """Flat rows of the responses with these numbers, in groups of the same prompt."""
-    groups = [list(group) for _, group in itertools.groupby(numbers, key=lambda i: i // args.samples_per_prompt)]
-    return flat_rows(groups, [p["ids"] for p in prompts], responses, model, args.tokens_per_batch)
-
-
-def replace_groups(rollout: Rollout, which: list[int], new: Rollout, model: Any, args: Any) -> Rollout:
-    """The rollout with the groups `which` replaced by those of `new`, in order, laid out in rows again."""
-    g, order = args.samples_per_prompt, list(range(len(rollout.texts)))
-    for j, k in enumerate(which):
-        order[k * g : (k + 1) * g] = range(len(order) + j * g, len(order) + (j + 1) * g)
-
-    def merged(name: str) -> list:
-        both = [*getattr(rollout, name), *getattr(new, name)]
-        return [both[i] for i in order]
-
-    prompts, responses, texts = merged("prompts"), merged("responses"), merged("texts")
-    width, pad = max(map(len, responses)), partial(nn.utils.rnn.pad_sequence, batch_first=True)
-    mask, logprobs = pad(merged("mask"))[:, :width], pad(merged("sampler_logprobs"))[:, :width]
-    rows = lay_out(list(range(len(texts))), prompts, responses, model, args)
-    return Rollout(prompts, responses, texts, [rows], mask, torch.stack(merged("ended")), logprobs)
+def lay_out(lm: Any, prompts: list[dict], responses: list, logprobs: list, parts: int, args: Any) -> Rollout:
+    """The rollout of these B prompts, responses and log-probs; neighbours with the same prompt share it in a row."""
+    (model, tokenizer, stop_ids), ids, minibatches = lm, [p["ids"] for p in prompts], []
+    for part in np.array_split(np.arange(len(prompts)), parts):
+        groups = [list(group) for _, group in itertools.groupby(part.tolist(), key=lambda i: id(prompts[i]))]
+        minibatches.append(flat_rows(groups, ids, responses, model, args.tokens_per_batch))
+    pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
+    mask = pad([torch.ones(len(y), dtype=torch.long) for y in responses]).to(model.device)
+    sampled = pad([torch.tensor(x[: len(y)]) for x, y in zip(logprobs, responses, strict=True)]).to(model.device)
+    ended = torch.tensor([float(y[-1] in stop_ids) for y in responses], device=model.device)
+    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    return Rollout(prompts, responses, texts, minibatches, mask, ended, sampled)
 
 
 # ------------------------------------------------------------------------------------------ scoring and evaluation
 def score(reward: Reward, rollout: Rollout, args: Any) -> Tensor:
     """Scores (B,) by a reward model or function, before any penalty; NaN where the function returned None."""
-    device = rollout.mask.device
     if reward.function:
         values = call_function(reward.function, rollout.prompts, rollout.texts)
-        return torch.tensor(values, dtype=torch.float32, device=device)
+        return torch.from_numpy(values).float().to(rollout.mask.device)
     rows = rollout.rows()
     if reward.tokenizer is not None:  # another vocabulary or template: from the text
         stops, whole = find_stop_ids(reward.tokenizer, None), []
         for p, text in zip(rollout.prompts, rollout.texts, strict=True):
-            try:
-                dialogue = render(reward.tokenizer, [*p["messages"], {"role": "assistant", "content": text}])
-            except BadRow as bad:
-                raise UserError(f"reward model {reward.name}: {': '.join(bad.args)}") from bad
+            dialogue = render(reward.tokenizer, [*p["messages"], {"role": "assistant", "content": text}])
             ids = one_bos(reward.tokenizer, reward.tokenizer(dialogue, add_special_tokens=False)["input_ids"])
             whole.append(ids[: max([t + 1 for t, token in enumerate(ids) if token in stops] or [len(ids)])])
-        firsts, rests, apart = [ids[:1] for ids in whole], [ids[1:] for ids in whole], [[i] for i in range(len(whole))]
-        rows = flat_rows(apart, firsts, rests, reward.model, args.tokens_per_batch)
-    scores = torch.zeros(len(rollout.texts), device=device)
+        n = len(whole)
+        rows = flat_rows([[i] for i in range(n)], [[]] * n, whole, reward.model, args.tokens_per_batch)
+    scores = torch.zeros(len(rollout.texts), device=rollout.mask.device)
     with role(reward.model, reward.role):
         for row in rows:
             states = hidden_states(reward.model, row).index_select(0, row.last).float()
@@ -1871,23 +1800,29 @@ def reward_table(rollout: Rollout, rewards: list[Reward], args: Any) -> Tensor:
     return torch.stack([score(reward, rollout, args) for reward in rewards], 1)
 
 
-def total_rewards(table: Tensor, weights: list[float]) -> Tensor:
+def total_rewards(table: Tensor, rewards: list[Reward]) -> Tensor:
     """(B, F) -> (B,): the weighted sum of the rewards that are known, NaN where none is.
 
-    >>> total_rewards(torch.tensor([[1.0, 2.0], [1.0, math.nan], [math.nan, math.nan]]), [1.0, 0.5])
+    >>> rewards = [Reward("a", 1.0), Reward("b", 0.5)]
+    >>> total_rewards(torch.tensor([[1.0, 2.0], [1.0, math.nan], [math.nan, math.nan]]), rewards)
     tensor([2., 1., nan])
     """
-    total = (table * torch.tensor(weights, device=table.device)).nansum(1)
+    total = (table * torch.tensor([reward.weight for reward in rewards], device=table.device)).nansum(1)
     return total.masked_fill(table.isnan().all(1), math.nan)
 
 
-def penalised_rewards(table: Tensor, rollout: Rollout, rewards: list[Reward], args: Any) -> Tensor:
-    """(B,): the weighted total, less the penalties for length and for a missing end."""
-    total = total_rewards(table, [reward.weight for reward in rewards]) - args.missing_eos_penalty * (1 - rollout.ended)
-    if args.overlong_buffer:
-        buffer = args.overlong_buffer * args.max_response_length
-        total = total + overlong_penalty(rollout.mask.sum(1), args.max_response_length, buffer)
-    return total
+def score_by_name(rollout: Rollout, rewards: list[Reward], args: Any) -> dict[str, Tensor]:
+    """Held-out scores (B,): their weighted sum, and where there are several each of them."""
+    table = reward_table(rollout, rewards, args)
+    parts = {f"reward {reward.name}": x for reward, x in zip(rewards, table.T, strict=True) if len(rewards) > 1}
+    return {**parts, "score": total_rewards(table, rewards)}
+
+
+def penalised(rewards: Tensor, rollout: Rollout, args: Any) -> Tensor:
+    """(B,): total rewards less the penalties for a missing end and for length."""
+    rewards = rewards - args.missing_eos_penalty * (1 - rollout.ended)
+    buffer = args.overlong_buffer * args.max_response_length
+    return rewards + overlong_penalty(rollout.mask.sum(1), args.max_response_length, buffer) if buffer else rewards
 
 
 def flat_groups(rewards: Tensor, samples_per_prompt: int) -> Tensor:
@@ -1900,67 +1835,50 @@ def flat_groups(rewards: Tensor, samples_per_prompt: int) -> Tensor:
     return (groups - groups.nanmean(1, keepdim=True)).nan_to_num().abs().amax(1) < 1e-6
 
 
-def greedy_rewards(
-    model: Any, tokenizer: Any, stop_ids: list[int], rollout: Rollout, rewards: list[Reward], args: Args
-) -> Tensor:
+def greedy_rewards(lm: Any, rollout: Rollout, rewards: list[Reward], args: Any) -> Tensor:
     """(P,): the reward of the most likely response to each prompt of the rollout, token by token."""
     prompts, most_likely = rollout.prompts[:: args.samples_per_prompt], replace(args, temperature=GREEDY)
-    names = [0] * len(prompts)
-    greedy = roll_out(model, tokenizer, stop_ids, prompts, names, 1, 1, "policy", (0, 0, 0), most_likely)
-    return penalised_rewards(reward_table(greedy, rewards, args), greedy, rewards, args)
+    greedy = roll_out(lm, prompts, [0] * len(prompts), 1, 1, "policy", (0, 0, 0), most_likely)
+    return penalised(total_rewards(reward_table(greedy, rewards, args), rewards), greedy, args)
 
 
 def preflight(model: Any, rollout: Rollout, old: Tensor, reference: Tensor, args: Any) -> None:
     """Checks on the first rollout that see what metrics hide for hours; a red one stops the run with its cause."""
-    again, _ = role_logprobs(model, "policy", rollout.minibatches[0], rollout.mask, args)
-    limit = 1e-4 if args.dtype == "float32" else 0.02
-    ratio = max((torch.exp(again - old)[row.at] - 1).abs().max().item() for row in rollout.minibatches[0])
-    gap = masked_mean((old - rollout.sampler_logprobs).abs(), rollout.mask).item()
-    kl, endless = masked_mean(old - reference, rollout.mask).abs().item(), 1 - rollout.ended.mean().item()
-    longer = "raise --max_response_length, train SFT longer, or set --missing_eos_penalty 0"
+    limit, most_endless = 1e-4 if args.dtype == "float32" else 0.02, 0.95 if args.missing_eos_penalty else 1.0
+    mask, rows = rollout.mask, rollout.minibatches[0]
+    again, _ = role_logprobs(model, "policy", rows, mask, args)
+    ratio = max((torch.exp(again - old)[row.at] - 1).abs().max().item() for row in rows)
+    gap = masked_mean((old - rollout.sampler_logprobs).abs(), mask).item()
+    kl, endless = masked_mean(old - reference, mask).abs().item(), 1 - rollout.ended.mean().item()
     for name, value, most, cause in (
         ("kl at step 0", kl, limit, "the policy does not start as the reference"),
         ("ratio - 1 at step 0", ratio, limit, "two passes over the same tokens differ; is a dropout on?"),
         ("sampler against training pass", gap, limit, "is the KV cache dropped, or a layer's state not kept?"),
-        ("share without end", endless, 0.95 if args.missing_eos_penalty else 1.0, longer),
+        ("share without end", endless, most_endless, "raise --max_response_length or set --missing_eos_penalty 0"),
     ):
         print(f"preflight: {'ok ' if value <= most else 'RED'} {name} {value:.3g} (limit {most:g})")
         check(value <= most, f"preflight: {name} is {value:.3g}, limit {most:g}: {cause}")
 
 
-def rollout_means(
-    run: Run, rollout: Rollout, rewards: list[Reward], table: Tensor, golds: np.ndarray, log_ratio: Tensor
-) -> dict[str, float]:
-    """Means over the whole batch, all processes, of what is known of each response: score, gold, kl in nats, length in
-    tokens, eos_rate; by reward mean, sd and the share of groups in which it is the same for all (flat)."""
-    g, score = run.args.samples_per_prompt, total_rewards(table, [reward.weight for reward in rewards])
-    columns = {"score": score, "gold": torch.from_numpy(golds).to(run.device), "kl": log_ratio.sum(1)}
-    columns |= {"response_length": rollout.mask.sum(1), "eos_rate": rollout.ended, "flat": flat_groups(score, g)}
+def batch_means(run: Run, columns: dict[str, Tensor]) -> dict[str, float]:
+    """Name -> mean over the whole batch, all processes, of the numbers that are known: columns (B,) or (B, T), NaN
+    where unknown. A column of which nothing is known has no mean."""
+    sums: list[float] = []
+    for x in columns.values():
+        sums += [x.double().nansum().item(), (~x.isnan()).sum().item()]
+    totals = run.total(*sums)
+    return {name: x / n for name, x, n in zip(columns, totals[::2], totals[1::2], strict=True) if n}
+
+
+def reward_means(run: Run, rewards: list[Reward], table: Tensor, g: int) -> dict[str, float]:
+    """Of each reward, over the whole batch: mean, sd, and the share of groups in which it is the same for all."""
+    found: dict[str, float] = {}
     for reward, x in zip(rewards, table.double().T, strict=True):
-        columns |= {f"{reward.name}/mean": x, f"{reward.name}/sd": x**2, f"{reward.name}/flat": flat_groups(x, g)}
-    sums = [s for x in columns.values() for s in (x.double().nansum(), (~x.isnan()).sum().double())]
-    totals = run.total(*torch.stack(sums).tolist())
-    means = {name: total / n for name, total, n in zip(columns, totals[::2], totals[1::2], strict=True) if n}
-    for name in [reward.name for reward in rewards if f"{reward.name}/sd" in means]:
-        means[f"{name}/sd"] = math.sqrt(max(means[f"{name}/sd"] - means[f"{name}/mean"] ** 2, 0))
-    return means
-
-
-def rollout_samples(rollout: Rollout, scores: Tensor, log_ratio: Tensor, step: int) -> list[dict]:
-    """Four responses of a rollout as rows of samples.jsonl."""
-    rows = []
-    for i in range(0, len(rollout.texts), max(1, len(rollout.texts) // 4)):
-        row = {"id": f"{step}-{i}", "prompt": rollout.prompts[i]["prompt"], "response": rollout.texts[i]}
-        row |= {"model": f"rollout {step}", "step": step, "tokens": len(rollout.responses[i])}
-        row |= {"finish_reason": "stop" if rollout.ended[i] else "length"}
-        rows.append({**row, "score": scores[i].item(), "kl": log_ratio[i].sum().item()})
-    return rows[:4]
-
-
-def set_weights(parameters: list, values: list) -> None:
-    """Give the parameters these values."""
-    for p, value in zip(parameters, values, strict=True):
-        p.data.copy_(value.data)
+        means = batch_means(run, {"mean": x, "sd": x**2, "flat": flat_groups(x, g)})
+        if "mean" in means:
+            means["sd"] = math.sqrt(max(means["sd"] - means["mean"] ** 2, 0))
+        found |= {f"{reward.name}/{name}": value for name, value in means.items()}
+    return found
 
 
 def interval(x: np.ndarray) -> tuple[float, float, float]:
@@ -1975,24 +1893,27 @@ def interval(x: np.ndarray) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-def evaluate(
-    model: Any, tokenizer: Any, stop_ids: list[int], prompts: list[dict], rewards: list[Reward], gold: Any, args: Any,
-    who: str,
-) -> dict[str, Any]:  # fmt: skip
-    """One response per held-out prompt in the role `who`: arrays over prompts, and the texts."""
-    names = list(range(len(prompts)))
-    rollout = roll_out(model, tokenizer, stop_ids, prompts, names, 1, 1, who, (args.seed, 1, 0), args)
-    logprobs, entropy = role_logprobs(model, who, rollout.rows(), rollout.mask, args)
-    ref_logprobs, _ = role_logprobs(model, "reference", rollout.rows(), rollout.mask, args)
-    lengths, scores = rollout.mask.sum(1), [score(reward, rollout, args) for reward in rewards]
-    result = {f"reward {reward.name}": x for reward, x in zip(rewards, scores, strict=True) if len(rewards) > 1}
-    weights = torch.tensor([reward.weight for reward in rewards], device=rollout.mask.device)
-    weighted = torch.stack(scores, 1) * weights
-    result["score"] = weighted.nansum(1).masked_fill(weighted.isnan().all(1), math.nan)  # of the rewards that are known
-    result |= {"kl": (logprobs - ref_logprobs).sum(1), "length": lengths, "entropy": entropy.sum(1) / lengths}
-    arrays: dict[str, Any] = {name: x.double().cpu().numpy() for name, x in result.items()}
-    arrays |= {"gold": call_function(gold, rollout.prompts, rollout.texts)} if gold else {}
-    return {**arrays, "ended": rollout.ended.double().cpu().numpy(), "texts": rollout.texts}
+def sample_rows(prompts: list[dict], result: dict[str, Any], model: str, step: int) -> list[dict]:
+    """Rows of samples.jsonl: responses of `model`, with what is known of each."""
+    rows = []
+    for i, (p, text) in enumerate(zip(prompts, result["texts"], strict=True)):
+        row = {"id": p["columns"].get("id", i), "prompt": p["prompt"], "response": text, "model": model, "step": step}
+        row |= {"finish_reason": "stop" if result["ended"][i] else "length", "tokens": int(result["length"][i])}
+        rows.append(row | {key: float(result[key][i]) for key in ("score", "gold", "kl") if key in result})
+    return rows
+
+
+def evaluate(lm: Any, prompts: list[dict], score_all: Callable, gold: Any, args: Any, who: str) -> dict[str, Any]:
+    """One response per held-out prompt in the role `who`: arrays over prompts, and the texts; score_all: rollout ->
+    scores (B,) by name."""
+    rollout = roll_out(lm, prompts, list(range(len(prompts))), 1, 1, who, (args.seed, 1, 0), args)
+    rows, mask, model = rollout.rows(), rollout.mask, lm[0]
+    logprobs, entropy = role_logprobs(model, who, rows, mask, args)
+    ref_logprobs, _ = role_logprobs(model, "reference", rows, mask, args)
+    result = {**score_all(rollout), "kl": (logprobs - ref_logprobs).sum(1), "length": mask.sum(1)}
+    result |= {"entropy": entropy.sum(1) / mask.sum(1), "ended": rollout.ended}
+    result |= {"gold": torch.from_numpy(call_function(gold, rollout.prompts, rollout.texts))} if gold else {}
+    return {"texts": rollout.texts, **{name: x.double().cpu().numpy() for name, x in result.items()}}
 
 
 def report(run: Run, prompts: list[dict], before: dict, after: dict) -> dict[str, Any]:
@@ -2000,15 +1921,9 @@ def report(run: Run, prompts: list[dict], before: dict, after: dict) -> dict[str
     interval of each, win-rate), printed and returned for result.json."""
     table: dict[str, Any] = {"prompts": len(prompts)}
     for name, result in (("sft", before), (run.stage, after)):
-        rows = []
-        for i, (p, text) in enumerate(zip(prompts, result["texts"], strict=True)):
-            row = {"id": p["columns"].get("id", i), "prompt": p["prompt"], "response": text, "model": name}
-            row |= {"finish_reason": "stop" if result["ended"][i] else "length", "tokens": int(result["length"][i])}
-            row |= {key: float(result[key][i]) for key in ("score", "gold") if key in result}
-            rows.append({**row, "step": run.total_steps})
-        run.add("samples.jsonl", rows)
-        values = {k: interval(x) for k, x in result.items() if k not in ("texts", "ended")}
-        table[name] = {**values, "ended": wilson_interval(result["ended"].mean(), len(prompts))}
+        run.add("samples.jsonl", sample_rows(prompts, result, name, run.total_steps))
+        table[name] = {k: interval(x) for k, x in result.items() if k not in ("texts", "ended")}
+        table[name]["ended"] = wilson_interval(result["ended"].mean(), len(prompts))
     key = "gold" if "gold" in after else "score"
     known = ~np.isnan(after.get(key, math.nan) - before.get(key, math.nan))
     if known.any():  # a judge may have declined them all
@@ -2021,7 +1936,7 @@ def report(run: Run, prompts: list[dict], before: dict, after: dict) -> dict[str
         cells = [" ".join(f"{x:.3f}" for x in table[model][name]) for model in ("sft", run.stage)]
         print(f"{name:26}{cells[0]:>28}{cells[1]:>28}")
     print(f"{key + ' win-rate over SFT':26}{'':28}{' '.join(f'{x:.3f}' for x in table.get(f'{key}_win_rate', ())):>28}")
-    return json.loads(json.dumps(table), parse_constant=lambda constant: None)  # NaN is no JSON
+    return table
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ import json
 import logging
 import math
 import os
+import runpy
 import shutil
 import signal
 import sys
@@ -123,7 +124,6 @@ class Args:
     temperature: float = arg(1.0, "of sampling and of every log-prob; no top-k or top-p, which would bias the ratio")
     sample_batch_size: int = arg(128, "responses decoded at once: memory, not the result")
     missing_eos_penalty: float = arg(1.0, "subtracted from the score of a response that did not end")
-    score_clip: float = arg(0.0, "scores are clipped to +- this; 0: not")
     # PPO
     kl_coef: float = arg(0.1, "weight of the KL penalty towards the reference")
     kl_target: float = arg(0.0, "adapt kl_coef to hold this KL (nats per response); 0: fixed")
@@ -137,10 +137,6 @@ class Args:
     penalty_coef: float = arg(1.0, "weight of KL(old, new) with --policy_loss penalty")
     value_clip_range: float = arg(0.2, "new values clipped to old values +- this")
     entropy_coef: float = arg(0.0, "weight of the entropy bonus")
-    early_stop_kl: float = arg(0.0, "end the passes when KL(old, new) per token exceeds this; 0: never")
-    critic_warmup: int = arg(0, "first steps in which only the critic learns")
-    ptx_dataset: str | None = arg(None, "PPO-ptx: `text` data whose log-likelihood is added to the objective")
-    ptx_coef: float = arg(1.0, "PPO-ptx: its weight (InstructGPT's gamma)")
     # optimisation
     learning_rate: float = arg(2e-5, "peak learning rate: linear warm-up, then a cosine down to a tenth")
     critic_learning_rate: float = arg(4e-5, "critic's peak learning rate")
@@ -314,8 +310,8 @@ def main(args: Args) -> None:
     run = Run(args, "ppo", ("score", "gold", "kl", "entropy", "response_length", "explained_variance"))
     g, n_prompts = args.samples_per_prompt, args.batch_size // args.samples_per_prompt
     fits = args.batch_size % (g * run.world) == 0 and args.batch_size >= args.minibatches * run.world
-    check(fits, f"--batch_size {args.batch_size}: no multiple of --samples_per_prompt {g} x {run.world} processes, or "
-          f"fewer than --minibatches {args.minibatches}")  # fmt: skip
+    least = f"--samples_per_prompt {g} x {run.world} processes, or fewer than --minibatches {args.minibatches}"
+    check(fits, f"--batch_size {args.batch_size}: no multiple of {least}")
     check(not (args.reward_fn and args.reward_model), "--reward_fn and --reward_model: PPO has one reward, choose one")
     check(args.lora_r != 0, "--lora_r 0: only sft.py trains all weights; RL trains adapters on one shared base")
 
@@ -328,31 +324,31 @@ def main(args: Args) -> None:
     critic_head = add_critic(model, reward, adapter, args)
     args.gold_fn = args.gold_fn or (f"{TINY / 'annotator.py'}:gold" if args.dataset == Args.dataset else None)
     gold = load_function(args.gold_fn) if args.gold_fn else None
-    prompts, heldout = load_data(["prompt"], encode_rl, tokenizer, stop_ids, run)
-    check(len(heldout), f"--eval_size {args.eval_size}: hold out some prompts, or give --eval_dataset")
-    check_positions(model, max(*prompts["length"], *heldout["length"]) + args.max_response_length)
-    ptx = None
-    if args.ptx_dataset:
-        ptx = load_examples(args.ptx_dataset, ["text"], encode_text, tokenizer, stop_ids, run)
+    prompts, questions = load_prompts(model, tokenizer, run)
+    lm = model, tokenizer, stop_ids
     policy_weights = [p for name, p in model.named_parameters() if ".policy." in name]
     critic_weights = [p for name, p in model.named_parameters() if ".critic." in name] + [*critic_head.parameters()]
     optimizers = [make_optimizer(policy_weights, args), make_optimizer(critic_weights, args)]
     policy_optimizer, critic_optimizer = optimizers
     total_steps = math.ceil(args.epochs * len(prompts) / n_prompts)
     total_steps = min(total_steps, args.max_steps or total_steps)
-    surrogates: dict[str, Any] = {"clip": clipped_policy_loss, "penalty": penalty_policy_loss}
-    surrogate, bound = surrogates[args.policy_loss], {"clip": args.clip_range, "penalty": args.penalty_coef}
-    judge = partial(evaluate, model, tokenizer, stop_ids, take(heldout, range(len(heldout))), [reward], gold, args)
+    surrogates = {"clip": (clipped_policy_loss, args.clip_range), "penalty": (penalty_policy_loss, args.penalty_coef)}
+    surrogate, bound = surrogates[args.policy_loss]
+
+    def scored(rollout: Rollout) -> dict[str, Tensor]:
+        return {"score": score(reward, rollout, args)}
+
+    judge = partial(evaluate, lm, questions, scored, gold, args)
     before, after, kl_coef = judge("reference"), {}, torch.tensor(args.kl_coef, dtype=torch.float64)
 
     for step in run.steps(total_steps, [*policy_weights, *critic_weights, kl_coef], optimizers):
         start = time.time()
 
         # 1. Rollout: sample y ~ pi_old(.|x)
-        batch = take(prompts, batch_indices(step, prompts["length"], n_prompts, args.seed))[run.rank :: run.world]
         names = list(range(n_prompts))[run.rank :: run.world]  # a prompt's place in the batch names its noise
-        key = (args.seed, 0, step)
-        rollout = roll_out(model, tokenizer, stop_ids, batch, names, g, args.minibatches, "policy", key, args)
+        numbers = batch_indices(step, prompts["length"], n_prompts, args.seed)[run.rank :: run.world]
+        batch, key = take(prompts, numbers), (args.seed, 0, step)
+        rollout = roll_out(lm, batch, names, g, args.minibatches, "policy", key, args)
         mask, rows, sampled = rollout.mask, rollout.rows(), time.time()
 
         # 2. Score: R at the last token; log pi_old, log pi_ref and V at every token
@@ -367,11 +363,10 @@ def main(args: Args) -> None:
 
         # 3. Per-token rewards, advantages and returns; advantages whitened over the whole batch
         penalised = scores - args.missing_eos_penalty * (1 - rollout.ended)
-        penalised = penalised.clamp(-args.score_clip, args.score_clip) if args.score_clip else penalised
         rewards = kl_penalty_rewards(penalised, old_logprobs, ref_logprobs, mask, kl_coef.item())
         advantages, returns = gae(rewards, old_values, mask, args.gamma, args.gae_lambda)
         advantages = masked_whiten(advantages, mask, partial(run.processes.reduce, reduction="sum"))
-        scored = time.time()
+        seconds = {"rollout_seconds": sampled - start, "score_seconds": time.time() - sampled}
 
         # 4. ppo_epochs passes over minibatches: the policy's update, then the critic's
         rates = [learning_rate_at(step, total_steps, peak, args.warmup_ratio)
@@ -381,61 +376,56 @@ def main(args: Args) -> None:
         for number in np.concatenate([shuffle.permutation(args.minibatches) for _ in range(args.ppo_epochs)]):
             minibatch = rollout.minibatches[number]
             (n_tokens,) = run.total(sum(len(row.targets) for row in minibatch))
-            sums, norms = torch.zeros(4, device=run.device), [0.0, 0.0]  # loss, clipped, KL(old, new), value loss
+            sums = torch.zeros(4, device=run.device)  # loss, clipped, KL(old, new), value loss
             with role(model, "policy", grad=True):
-                for row in minibatch if step >= args.critic_warmup else []:
+                for row in minibatch:
                     logprobs, entropies = token_logprobs(model, row, args.temperature, args.entropy_coef != 0)
-                    old, advantage = old_logprobs[row.at], advantages[row.at]
-                    loss = surrogate(logprobs, old, advantage, bound[args.policy_loss]) - args.entropy_coef * entropies
-                    loss = loss.sum() / n_tokens
+                    old = old_logprobs[row.at]
+                    losses = surrogate(logprobs, old, advantages[row.at], bound) - args.entropy_coef * entropies
+                    loss = losses.sum() / n_tokens
                     loss.backward()
                     logprobs = logprobs.detach()
                     clipped = (torch.exp(logprobs - old) - 1).abs() > args.clip_range
                     parts = [loss.detach() * n_tokens, clipped.sum(), old_new_kl(logprobs, old).sum()]
                     sums[:3] += torch.stack(parts) / n_tokens
-            if args.early_stop_kl and run.total(sums[2].item())[0] > args.early_stop_kl:
-                policy_optimizer.zero_grad()
-                break
-            if step >= args.critic_warmup:
-                if ptx:
-                    ptx_backward(model, ptx, (step * args.ppo_epochs * args.minibatches) + len(updates), run)
-                norms[0] = run.clip_gradients(policy_optimizer, rates[0])
-                policy_optimizer.step()
-                policy_optimizer.zero_grad()
+            norm = run.clip_gradients(policy_optimizer, rates[0])
+            policy_optimizer.step()
+            policy_optimizer.zero_grad()
             with role(model, "critic", grad=True):
                 for row in minibatch:
                     values = values_of(model, critic_head, row)
-                    loss = clipped_value_loss(values, old_values[row.at], returns[row.at], args.value_clip_range)
-                    loss = loss.sum() / n_tokens
+                    losses = clipped_value_loss(values, old_values[row.at], returns[row.at], args.value_clip_range)
+                    loss = losses.sum() / n_tokens
                     loss.backward()
                     sums[3] += loss.detach()
-            norms[1] = run.clip_gradients(critic_optimizer, rates[1])
+            critic_norm = run.clip_gradients(critic_optimizer, rates[1])
             critic_optimizer.step()
             critic_optimizer.zero_grad()
-            updates.append([*run.total(*sums.tolist()), *norms])
-        updated = time.time()
+            updates.append([*run.total(*sums.tolist()), norm, critic_norm])
+        seconds["seconds"] = time.time() - start
 
         # 5. Log, adapt the KL coefficient, evaluate
-        log_ratio, error = old_logprobs - ref_logprobs, returns - old_values
-        golds = call_function(gold, rollout.prompts, rollout.texts) if gold else np.zeros(0)
-        means = batch_means(run, rollout, scores, golds, rewards, log_ratio, entropy, error, returns)
-        losses = dict(zip(UPDATE_METRICS, np.mean(updates, axis=0).tolist(), strict=True)) if updates else {}
-        metrics = {"step": step, **means, **losses, "updates": len(updates), "learning_rate": rates[0]}
-        metrics["kl_coef"] = kl_coef.item()
+        columns = {"score": scores, "reward": (rewards * mask).sum(1), "kl": (old_logprobs - ref_logprobs).sum(1)}
+        columns |= {"response_length": mask.sum(1), "eos_rate": rollout.ended}
+        columns |= {"entropy": entropy.masked_fill(mask == 0, torch.nan)}
+        columns |= {"gold": torch.from_numpy(call_function(gold, rollout.prompts, rollout.texts))} if gold else {}
+        means = batch_means(run, columns)
+        trained = dict(zip(UPDATE_METRICS, np.mean(updates, axis=0).tolist(), strict=True))
+        metrics = {"step": step, **means, **trained, "learning_rate": rates[0], "kl_coef": kl_coef.item()}
+        metrics |= {"explained_variance": explained_variance(run, old_values, returns, mask)}
         if args.kl_target:
             kl_coef.fill_(adapt_kl_coef(kl_coef.item(), means["kl"], args.kl_target, args.batch_size, args.kl_horizon))
         if run.evaluates(step):
             after = judge("policy")
             metrics |= {f"heldout_{k}": interval(after[k])[0] for k in ("score", "gold", "kl") if k in after}
         if step % 10 == 0:
-            run.add("samples.jsonl", rollout_samples(rollout, scores, log_ratio, step))
-        seconds = {"seconds": updated - start, "rollout_seconds": sampled - start, "score_seconds": scored - sampled}
-        run.log(
-            metrics, {**seconds, "tokens_per_second": means["response_length"] * args.batch_size / seconds["seconds"]}
-        )
+            shown = {**columns, "texts": rollout.texts, "length": mask.sum(1), "ended": rollout.ended}
+            some = sample_rows(rollout.prompts, shown, f"rollout {step}", step)[:: max(1, len(mask) // 4)]
+            run.add("samples.jsonl", some[:4])
+        seconds["tokens_per_second"] = means["response_length"] * args.batch_size / seconds["seconds"]
+        run.log(metrics, seconds)
 
-    table = report(run, take(heldout, range(len(heldout))), before, after or judge("policy"))
-    run.finish(model, "policy", tokenizer, stop_ids, table)
+    run.finish(model, "policy", tokenizer, stop_ids, report(run, questions, before, after or judge("policy")))
 
 
 # =================================================================================================================
@@ -862,28 +852,27 @@ class Reward(NamedTuple):
     tokenizer: Any = None  # None: reads the policy's token ids; else its text, rendered with this one's template
 
 
-def load_reward(source: str, model: Any, tokenizer: Any, args: Any, weight: float = 1.0, who: str = "reward") -> Reward:
+def load_reward(source: str, model: Any, tokenizer: Any, args: Any, who: str = "reward") -> Reward:
     """file.py:function, or a reward model: an adapter `who` on the shared base where it was trained on that base, else
     a model of its own."""
     if source.partition(":")[0].endswith(".py"):
-        return Reward(source, weight, load_function(source))
+        return Reward(source, function=load_function(source))
     base, is_adapter = find_base(source)
     own = load_tokenizer(source, None, args)
     if not is_adapter:
         model = load_base(source, args, model.device, AutoModelForSequenceClassification)
         one = model.config.num_labels == 1 and hasattr(model, "score")
         check(one, f"{source}: no run folder of reward.py, nor a model with one score")
-        return Reward(source, weight, None, model, who, model.score.weight.detach().float(), 0.0, own)
+        return Reward(source, model=model, head=model.score.weight.detach().float(), tokenizer=own)
     from peft import load_peft_weights
 
     shared = base == model.get_base_model().config._name_or_path
     model = add_adapter(model if shared else load_base(base, args, model.device), who, source, args)
     head: Any = load_peft_weights(source, device=str(model.device)).get(HEAD_KEY)
-    width = model.get_base_model().config.hidden_size
-    check(head is not None and head.shape == (1, width), f"{source}: no reward head of {width}; from reward.py?")
+    check(head is not None, f"{source}: no reward head; from reward.py?")
     card = json.loads(path.read_text()) if (path := Path(source, "reward.json")).is_file() else {}
-    same = shared and own.chat_template == tokenizer.chat_template
-    return Reward(source, weight, None, model, who, head.float(), card.get("mean", 0.0), None if same else own)
+    reads_ids = shared and own.chat_template == tokenizer.chat_template
+    return Reward(source, 1.0, None, model, who, head.float(), card.get("mean", 0.0), None if reads_ids else own)
 
 
 def add_critic(model: Any, reward: Reward, adapter: str | None, args: Args) -> nn.Linear:
@@ -901,41 +890,36 @@ def load_function(spec: str) -> Callable:
     """The function that `file.py:function` names."""
     file, _, name = spec.rpartition(":")
     check(Path(file).is_file(), f"{spec}: no such file; expected file.py:function")
-    module_spec: Any = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(module_spec)
     try:
-        module_spec.loader.exec_module(module)
+        function: Any = runpy.run_path(file).get(name)
     except Exception as error:  # whatever the user's file raises
         raise UserError(f"{spec}: {file} can't be loaded ({type(error).__name__}: {first_line(error)})") from error
-    check(callable(getattr(module, name, None)), f"{spec}: {file} has no function {name}")
-    return getattr(module, name)
+    check(callable(function), f"{spec}: {file} has no function {name}")
+    return function
 
 
 def call_function(function: Callable, prompts: list[dict], responses: list[str]) -> np.ndarray:
-    """function(prompts, responses, **columns) -> (B,) float64, NaN where it returned None.
-
-    What may pass, a server's 503 or a timeout, is tried three times more; a mistake in the code is not.
-    """
+    """function(prompts, responses, **columns) -> (B,) float64, NaN where it returned None; three tries more where it
+    fails, as a server's 503 or a timeout may pass."""
     names = sorted({name for p in prompts for name in p["columns"]})  # rows may lack some
     columns = {name: [p["columns"].get(name) for p in prompts] for name in names}
-    bugs = (TypeError, ValueError, LookupError, AttributeError, NameError, ArithmeticError, AssertionError)
+    name = f"reward function {function.__name__}"
     for wait in (1, 5, 25, 0):
         try:
-            values = list(function([p["prompt"] for p in prompts], responses, **columns))
-            values = [x.item() if getattr(x, "ndim", 1) == 0 else x for x in values]  # of an array or tensor
+            found = function([p["prompt"] for p in prompts], responses, **columns)
+            values = [x.item() if hasattr(x, "item") else x for x in found]  # of arrays and tensors
             break
         except Exception as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
-            text = f"{place.filename}:{place.lineno}: {type(error).__name__}: {first_line(error)}"
-            check(wait and not isinstance(error, bugs), f"reward function {function.__name__}: {text}")
+            text = f"{name}: {place.filename}:{place.lineno}: {type(error).__name__}: {first_line(error)}"
+            check(wait, text)
             tqdm.write(f"{text}; trying again in {wait} s")
             time.sleep(wait)
-    name = f"reward function {function.__name__}"
     check(len(values) == len(responses), f"{name} returned {len(values)} values for {len(responses)} responses")
-    for value, prompt, response in zip(values, prompts, responses, strict=True):
-        fine = value is None or (isinstance(value, int | float) and math.isfinite(value))
-        check(fine, f"{name} returned {value!r} for prompt {prompt['prompt']!r}, response {response!r}")
-    return np.array([math.nan if value is None else value for value in values], dtype=float)
+    for x, p, y in zip(values, prompts, responses, strict=True):
+        fine = x is None or (isinstance(x, int | float) and math.isfinite(x))
+        check(fine, f"{name} returned {x!r} for prompt {p['prompt']!r}, response {y!r}")
+    return np.array(values, dtype=float)
 
 
 # ------------------------------------------------------------------------------------------------------------ data
@@ -1089,12 +1073,13 @@ def encode_rl(row: dict, tokenizer: Any, stop_ids: list[int], args: Any) -> list
     return [{**example, "key": json.dumps(messages), "length": len(ids)}]
 
 
-def encode_text(row: dict, tokenizer: Any, stop_ids: list[int], args: Any) -> list[dict]:
-    """One row of pretraining text -> its token windows {"ids", ...}."""
-    ids = tokenizer(str(row["text"]))["input_ids"] + [tokenizer.eos_token_id]
-    window = args.max_prompt_length + args.max_response_length
-    parts = [ids[i : i + window] for i in range(0, len(ids), window) if len(ids) > i + 1]
-    return [{"ids": part, "key": "", "length": len(part)} for part in parts]
+def load_prompts(model: Any, tokenizer: Any, run: Run) -> tuple[Dataset, list[dict]]:
+    """Prompts to train on, and held-out ones; a response to each fits the model's positions."""
+    args = run.args
+    prompts, heldout = load_data(["prompt"], encode_rl, tokenizer, [], run)
+    check(len(heldout), f"--eval_size {args.eval_size}: RL is judged on held-out prompts; hold some out")
+    check_positions(model, max(*prompts["length"], *heldout["length"]) + args.max_response_length)
+    return prompts, take(heldout, range(len(heldout)))
 
 
 def batch_indices(step: int, lengths: Any, batch_size: int, seed: int) -> list[int]:
@@ -1238,6 +1223,14 @@ def values_of(model: Any, head: nn.Linear, row: Row) -> Tensor:
     return head(hidden_states(model, row).index_select(0, row.before).float()).squeeze(-1)
 
 
+def explained_variance(run: Run, values: Tensor, returns: Tensor, mask: Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns), over the tokens of the whole batch, all processes; tables (B, T)."""
+    error = returns - values
+    parts = {"e": error, "e2": error**2, "r": returns, "r2": returns**2}
+    mean = batch_means(run, {name: x.masked_fill(mask == 0, torch.nan) for name, x in parts.items()})
+    return 1 - (mean["e2"] - mean["e"] ** 2) / max(mean["r2"] - mean["r"] ** 2, 1e-12)
+
+
 def role_tables(model: Any, who: str, rows: list[Row], mask: Tensor, compute: Any, grad: bool = False) -> list[Tensor]:
     """Tables (B, T) of what compute(row) says of each response token in the role `who`, detached."""
     with role(model, who, grad):
@@ -1251,23 +1244,8 @@ def role_tables(model: Any, who: str, rows: list[Row], mask: Tensor, compute: An
 
 def role_logprobs(model: Any, who: str, rows: list[Row], mask: Tensor, args: Any) -> list[Tensor]:
     """Log-probs and entropies (B, T); the policy's as in the update: 4-bit kernels may differ without gradients."""
-    grad = who == "policy"
-    return role_tables(
-        model, who, rows, mask, lambda row: token_logprobs(model, row, args.temperature, detached=True), grad
-    )
-
-
-def ptx_backward(model: Any, ptx: Dataset, number: int, run: Run) -> None:
-    """Add the gradient of -ptx_coef * mean log-likelihood of pretraining text (Ouyang et al. 2022, eq. 2): as many
-    windows as a minibatch has responses; `number` counts the updates and picks them."""
-    args = run.args
-    size = max(1, args.batch_size // args.minibatches)
-    windows = [e["ids"] for e in take(ptx, batch_indices(number, ptx["length"], size, args.seed))]
-    n_tokens, mine = sum(len(ids) - 1 for ids in windows), windows[run.rank :: run.world]
-    firsts, rests, apart = [ids[:1] for ids in mine], [ids[1:] for ids in mine], [[i] for i in range(len(mine))]
-    with role(model, "policy", grad=True):
-        for row in flat_rows(apart, firsts, rests, model, args.tokens_per_batch):
-            (-args.ptx_coef * token_logprobs(model, row)[0].sum() / n_tokens).backward()
+    compute = partial(token_logprobs, model, temperature=args.temperature, detached=True)
+    return role_tables(model, who, rows, mask, compute, grad=who == "policy")
 
 
 # --------------------------------------------------------------------------------------------------------- sampler
@@ -1299,7 +1277,7 @@ class RoomyLayer(StaticLayer):
         return int(self.cumulative_length) + query_length, 0
 
 
-def capture_step(model: Any, cache: Any, mask: Tensor) -> Callable[[Tensor, Tensor], Any]:
+def capture_step(forward: Callable, cache: Any, mask: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     """A decoding step of fixed shapes, on a GPU as one CUDA graph: launching its thousands of kernels takes seven times
     as long as they do.
 
@@ -1310,32 +1288,27 @@ def capture_step(model: Any, cache: Any, mask: Tensor) -> Callable[[Tensor, Tens
     token, position = torch.zeros(2, rows, k, dtype=torch.long, device=mask.device)
     lengths = [layer.cumulative_length.clone() for layer in cache.layers]
 
-    def run() -> Tensor:
-        return model(input_ids=token, position_ids=position, attention_mask=mask, past_key_values=cache).logits
-
     def rewind() -> None:  # what a run without effect wrote is overwritten before any token may see it
         for layer, length in zip(cache.layers, lengths, strict=True):
             layer.whole = True
             layer.cumulative_length.copy_(length)
 
     rewind()
-    graph = torch.cuda.CUDAGraph() if mask.is_cuda else None
-    if graph is not None:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            run()
-        torch.cuda.current_stream().wait_stream(side)
-        rewind()
-        with torch.cuda.graph(graph):
-            logits = run()
-        rewind()
+    if not mask.is_cuda:
+        return lambda token, position: forward(token, position, mask).logits
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        forward(token, position, mask)
+    torch.cuda.current_stream().wait_stream(side)
+    rewind()
+    with torch.cuda.graph(graph):
+        logits = forward(token, position, mask).logits
+    rewind()
 
     def step(new_token: Tensor, new_position: Tensor) -> Tensor:
         token.copy_(new_token)
         position.copy_(new_position)
-        if graph is None:
-            return run()
         graph.replay()
         return logits
 
@@ -1356,13 +1329,11 @@ def sample(
     """
     some = max(1, batch_size // g)
     if len(prompts) > some:
-        parts = []
+        rest, parts = (g, max_tokens, temperature, stop_ids, batch_size, key, static), []
         for i in tqdm(range(0, len(prompts), some), desc="sampling", leave=False, disable=None):
-            part = prompts[i : i + some], names[i : i + some], g, max_tokens, temperature, stop_ids, batch_size, key
-            parts.append(sample(model, *part, static))
+            parts.append(sample(model, prompts[i : i + some], names[i : i + some], *rest))
         return [y for ys, _ in parts for y in ys], [x for _, xs in parts for x in xs]
-    numbers = [(name, i) for name in names for i in range(g)]
-    bits = [np.random.Philox(key=key[:2], counter=[0, i, name, key[2]]) for name, i in numbers]
+    bits = [np.random.Philox(key=key[:2], counter=[0, i, name, key[2]]) for name in names for i in range(g)]
     noise = np.stack([np.random.Generator(bit).random(max_tokens) for bit in bits])
     model = model.get_base_model() if hasattr(model, "peft_config") else model
     device, config, attention = model.device, model.config, model.config._attn_implementation
@@ -1372,8 +1343,11 @@ def sample(
     static = shared and (device.type == "cuda" if static is None else static)
     AttentionInterface.register("grouped", grouped_attention)
     AttentionMaskInterface.register("grouped", sdpa_mask)
-    plain = "sdpa" if attention == "flex_attention" else attention
-    model.set_attn_implementation("grouped" if shared else plain)
+    model.set_attn_implementation("grouped" if shared else "sdpa" if attention == "flex_attention" else attention)
+
+    def forward(token: Tensor, position: Tensor, mask: Tensor, last: int = 0) -> Any:  # 0: logits of all tokens
+        given: dict[str, Any] = {"input_ids": token, "position_ids": position, "attention_mask": mask}
+        return model(**given, past_key_values=cache, use_cache=True, logits_to_keep=last)
 
     # The prompts, padded on the left, in pieces of 4096 tokens: memory
     width = max(map(len, prompts))
@@ -1383,16 +1357,13 @@ def sample(
     cache: Any = Cache(layers=[RoomyLayer(columns) for _ in range(config.num_hidden_layers)]) if shared else None
     size = max(1, 4096 // len(prompts)) if shared else width
     for i in range(0, width, size):
-        output = model(
-            input_ids=ids[:, i : i + size], attention_mask=real[:, : i + size], position_ids=position[:, i : i + size],
-            past_key_values=cache, use_cache=True, logits_to_keep=1,
-        )  # fmt: skip
+        output = forward(ids[:, i : i + size], position[:, i : i + size], real[:, : i + size], 1)
         cache = getattr(output, "past_key_values", None)
         check(cache, f"{config.model_type} models keep their state in no cache of transformers; they can't be sampled")
     logits = output.logits.expand(-1, g, -1)
     segment = nn.functional.pad(real - 1, (0, columns - width), value=-1)  # of each column: -1 empty, 0 prompt, i + 1
     mask = torch.zeros(len(real), 1, g, columns, dtype=model.dtype, device=device)
-    step = capture_step(model, cache, mask) if static else None
+    step = capture_step(forward, cache, mask) if static else None
 
     # Token by token: token t of response i of a row stands in column width + t * g + i while no response has left
     uniform, stops = torch.from_numpy(noise).to(device).view(-1, g, max_tokens), torch.tensor(stop_ids, device=device)
@@ -1419,19 +1390,15 @@ def sample(
             slot = going.int().argsort(dim=1, descending=True, stable=True)[:, : int(going.sum(1).max())]
         begin, end = end, end + slot.shape[1]
         segment[:, begin:end] = torch.where(ended[row, slot], -1, slot + 1)
-        hidden = (segment[:, None] != slot[..., None] + 1) & (segment != 0)[:, None]
+        seen = segment[:, None, : columns if static else end]
+        hidden = ((seen != slot[..., None] + 1) & (seen != 0))[:, None]
+        token, position = tokens[row, slot, t], (length + t).expand(slot.shape)
         if step is not None:
-            mask.zero_().masked_fill_(hidden[:, None], torch.finfo(mask.dtype).min)
-            logits = step(tokens[row, slot, t], length + t)
-            continue
-        seen: Any = (segment[:, :end] >= 0).long()
-        if shared:
-            seen = torch.zeros_like(hidden[:, None, :, :end], dtype=model.dtype)
-            seen.masked_fill_(hidden[:, None, :, :end], torch.finfo(seen.dtype).min)
-        logits = model(
-            input_ids=tokens[row, slot, t], position_ids=(length + t).expand(slot.shape), attention_mask=seen,
-            past_key_values=cache, use_cache=True,
-        ).logits  # fmt: skip
+            mask.zero_().masked_fill_(hidden, torch.finfo(mask.dtype).min)
+            logits = step(token, position)
+        else:
+            additive = torch.zeros_like(hidden, dtype=model.dtype).masked_fill_(hidden, torch.finfo(mask.dtype).min)
+            logits = forward(token, position, additive if shared else (seen[:, 0] >= 0).long()).logits
     model.set_attn_implementation(attention)
     stopped = torch.isin(tokens, stops).int()
     lengths = torch.where(ended, stopped.argmax(-1) + 1, max_tokens).view(-1).tolist()
@@ -1456,24 +1423,25 @@ class Rollout(NamedTuple):
         return [row for minibatch in self.minibatches for row in minibatch]
 
 
-def roll_out(
-    model: Any, tokenizer: Any, stop_ids: list[int], prompts: list[dict], names: list[int], g: int, n_minibatches: int,
-    who: str, key: tuple[int, int, int], args: Any,
-) -> Rollout:  # fmt: skip
-    """Sample g responses to each prompt in the role `who` and lay them out in flat rows."""
+def roll_out(lm: Any, prompts: list[dict], names: list, g: int, parts: int, who: str, key: tuple, args: Any) -> Rollout:
+    """Sample g responses to each prompt in the role `who`, in flat rows; lm: model, tokenizer, ids that end a response;
+    names, key: those of `sample`; parts: minibatches."""
+    model, _, stop_ids = lm
+    how = args.max_response_length, args.temperature, stop_ids, args.sample_batch_size, key
     with role(model, who):
-        responses, logprobs = sample(
-            model, [p["ids"] for p in prompts], names, g, args.max_response_length, args.temperature, stop_ids,
-            args.sample_batch_size, key,
-        )  # fmt: skip
-    prompts = [p for p in prompts for _ in range(g)]
-    ids, minibatches = [p["ids"] for p in prompts], []
-    for part in np.array_split(np.arange(len(ids)), n_minibatches):
-        groups = [list(group) for _, group in itertools.groupby(part.tolist(), key=lambda i: i // g)]
+        responses, logprobs = sample(model, [p["ids"] for p in prompts], names, g, *how)
+    return lay_out(lm, [p for p in prompts for _ in range(g)], responses, logprobs, parts, args)
+
+
+def lay_out(lm: Any, prompts: list[dict], responses: list, logprobs: list, parts: int, args: Any) -> Rollout:
+    """The rollout of these B prompts, responses and log-probs; neighbours with the same prompt share it in a row."""
+    (model, tokenizer, stop_ids), ids, minibatches = lm, [p["ids"] for p in prompts], []
+    for part in np.array_split(np.arange(len(prompts)), parts):
+        groups = [list(group) for _, group in itertools.groupby(part.tolist(), key=lambda i: id(prompts[i]))]
         minibatches.append(flat_rows(groups, ids, responses, model, args.tokens_per_batch))
-    ones = [torch.ones(len(y), dtype=torch.long) for y in responses]
-    mask = nn.utils.rnn.pad_sequence(ones, batch_first=True).to(model.device)
-    sampled = nn.utils.rnn.pad_sequence([torch.tensor(x) for x in logprobs], batch_first=True).to(model.device)
+    pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
+    mask = pad([torch.ones(len(y), dtype=torch.long) for y in responses]).to(model.device)
+    sampled = pad([torch.tensor(x[: len(y)]) for x, y in zip(logprobs, responses, strict=True)]).to(model.device)
     ended = torch.tensor([float(y[-1] in stop_ids) for y in responses], device=model.device)
     texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
     return Rollout(prompts, responses, texts, minibatches, mask, ended, sampled)
@@ -1482,23 +1450,19 @@ def roll_out(
 # ------------------------------------------------------------------------------------------ scoring and evaluation
 def score(reward: Reward, rollout: Rollout, args: Any) -> Tensor:
     """Scores (B,) by a reward model or function, before any penalty; NaN where the function returned None."""
-    device = rollout.mask.device
     if reward.function:
         values = call_function(reward.function, rollout.prompts, rollout.texts)
-        return torch.tensor(values, dtype=torch.float32, device=device)
+        return torch.from_numpy(values).float().to(rollout.mask.device)
     rows = rollout.rows()
     if reward.tokenizer is not None:  # another vocabulary or template: from the text
         stops, whole = find_stop_ids(reward.tokenizer, None), []
         for p, text in zip(rollout.prompts, rollout.texts, strict=True):
-            try:
-                dialogue = render(reward.tokenizer, [*p["messages"], {"role": "assistant", "content": text}])
-            except BadRow as bad:
-                raise UserError(f"reward model {reward.name}: {': '.join(bad.args)}") from bad
+            dialogue = render(reward.tokenizer, [*p["messages"], {"role": "assistant", "content": text}])
             ids = one_bos(reward.tokenizer, reward.tokenizer(dialogue, add_special_tokens=False)["input_ids"])
             whole.append(ids[: max([t + 1 for t, token in enumerate(ids) if token in stops] or [len(ids)])])
-        firsts, rests, apart = [ids[:1] for ids in whole], [ids[1:] for ids in whole], [[i] for i in range(len(whole))]
-        rows = flat_rows(apart, firsts, rests, reward.model, args.tokens_per_batch)
-    scores = torch.zeros(len(rollout.texts), device=device)
+        n = len(whole)
+        rows = flat_rows([[i] for i in range(n)], [[]] * n, whole, reward.model, args.tokens_per_batch)
+    scores = torch.zeros(len(rollout.texts), device=rollout.mask.device)
     with role(reward.model, reward.role):
         for row in rows:
             states = hidden_states(reward.model, row).index_select(0, row.last).float()
@@ -1508,48 +1472,30 @@ def score(reward: Reward, rollout: Rollout, args: Any) -> Tensor:
 
 def preflight(model: Any, rollout: Rollout, old: Tensor, reference: Tensor, args: Any) -> None:
     """Checks on the first rollout that see what metrics hide for hours; a red one stops the run with its cause."""
-    again, _ = role_logprobs(model, "policy", rollout.minibatches[0], rollout.mask, args)
-    limit = 1e-4 if args.dtype == "float32" else 0.02
-    ratio = max((torch.exp(again - old)[row.at] - 1).abs().max().item() for row in rollout.minibatches[0])
-    gap = masked_mean((old - rollout.sampler_logprobs).abs(), rollout.mask).item()
-    kl, endless = masked_mean(old - reference, rollout.mask).abs().item(), 1 - rollout.ended.mean().item()
-    longer = "raise --max_response_length, train SFT longer, or set --missing_eos_penalty 0"
+    limit, most_endless = 1e-4 if args.dtype == "float32" else 0.02, 0.95 if args.missing_eos_penalty else 1.0
+    mask, rows = rollout.mask, rollout.minibatches[0]
+    again, _ = role_logprobs(model, "policy", rows, mask, args)
+    ratio = max((torch.exp(again - old)[row.at] - 1).abs().max().item() for row in rows)
+    gap = masked_mean((old - rollout.sampler_logprobs).abs(), mask).item()
+    kl, endless = masked_mean(old - reference, mask).abs().item(), 1 - rollout.ended.mean().item()
     for name, value, most, cause in (
         ("kl at step 0", kl, limit, "the policy does not start as the reference"),
         ("ratio - 1 at step 0", ratio, limit, "two passes over the same tokens differ; is a dropout on?"),
         ("sampler against training pass", gap, limit, "is the KV cache dropped, or a layer's state not kept?"),
-        ("share without end", endless, 0.95 if args.missing_eos_penalty else 1.0, longer),
+        ("share without end", endless, most_endless, "raise --max_response_length or set --missing_eos_penalty 0"),
     ):
         print(f"preflight: {'ok ' if value <= most else 'RED'} {name} {value:.3g} (limit {most:g})")
         check(value <= most, f"preflight: {name} is {value:.3g}, limit {most:g}: {cause}")
 
 
-def batch_means(
-    run: Run, rollout: Rollout, scores: Tensor, golds: np.ndarray, rewards: Tensor, log_ratio: Tensor, entropy: Tensor,
-    error: Tensor, returns: Tensor,
-) -> dict[str, float]:  # fmt: skip
-    """Means over the whole batch, all processes: per response (score, gold, reward, kl in nats, length, eos_rate) or
-    per token (entropy, explained variance of the returns)."""
-    mask, known = rollout.mask, golds[~np.isnan(golds)]
-    sums = [x.sum() for x in (scores, rewards * mask, log_ratio * mask, mask, rollout.ended)]
-    sums += [(x * mask).sum() for x in (entropy, error, error**2, returns, returns**2)]
-    local = [*torch.stack([x.double() for x in sums]).tolist(), known.sum(), len(known), len(scores)]
-    *totals, gold, n_gold, n = run.total(*local)
-    names, tokens = ("score", "reward", "kl", "response_length", "eos_rate"), totals[3]
-    means = dict(zip(names, (x / n for x in totals[:5]), strict=True)) | ({"gold": gold / n_gold} if n_gold else {})
-    mean_entropy, e1, e2, r1, r2 = (x / tokens for x in totals[5:])
-    return {**means, "entropy": mean_entropy, "explained_variance": 1 - (e2 - e1**2) / max(r2 - r1**2, 1e-12)}
-
-
-def rollout_samples(rollout: Rollout, scores: Tensor, log_ratio: Tensor, step: int) -> list[dict]:
-    """Four responses of a rollout as rows of samples.jsonl."""
-    rows = []
-    for i in range(0, len(rollout.texts), max(1, len(rollout.texts) // 4)):
-        row = {"id": f"{step}-{i}", "prompt": rollout.prompts[i]["prompt"], "response": rollout.texts[i]}
-        row |= {"model": f"rollout {step}", "step": step, "tokens": len(rollout.responses[i])}
-        row |= {"finish_reason": "stop" if rollout.ended[i] else "length"}
-        rows.append({**row, "score": scores[i].item(), "kl": log_ratio[i].sum().item()})
-    return rows[:4]
+def batch_means(run: Run, columns: dict[str, Tensor]) -> dict[str, float]:
+    """Name -> mean over the whole batch, all processes, of the numbers that are known: columns (B,) or (B, T), NaN
+    where unknown. A column of which nothing is known has no mean."""
+    sums: list[float] = []
+    for x in columns.values():
+        sums += [x.double().nansum().item(), (~x.isnan()).sum().item()]
+    totals = run.total(*sums)
+    return {name: x / n for name, x, n in zip(columns, totals[::2], totals[1::2], strict=True) if n}
 
 
 def interval(x: np.ndarray) -> tuple[float, float, float]:
@@ -1564,24 +1510,27 @@ def interval(x: np.ndarray) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-def evaluate(
-    model: Any, tokenizer: Any, stop_ids: list[int], prompts: list[dict], rewards: list[Reward], gold: Any, args: Any,
-    who: str,
-) -> dict[str, Any]:  # fmt: skip
-    """One response per held-out prompt in the role `who`: arrays over prompts, and the texts."""
-    names = list(range(len(prompts)))
-    rollout = roll_out(model, tokenizer, stop_ids, prompts, names, 1, 1, who, (args.seed, 1, 0), args)
-    logprobs, entropy = role_logprobs(model, who, rollout.rows(), rollout.mask, args)
-    ref_logprobs, _ = role_logprobs(model, "reference", rollout.rows(), rollout.mask, args)
-    lengths, scores = rollout.mask.sum(1), [score(reward, rollout, args) for reward in rewards]
-    result = {f"reward {reward.name}": x for reward, x in zip(rewards, scores, strict=True) if len(rewards) > 1}
-    weights = torch.tensor([reward.weight for reward in rewards], device=rollout.mask.device)
-    weighted = torch.stack(scores, 1) * weights
-    result["score"] = weighted.nansum(1).masked_fill(weighted.isnan().all(1), math.nan)  # of the rewards that are known
-    result |= {"kl": (logprobs - ref_logprobs).sum(1), "length": lengths, "entropy": entropy.sum(1) / lengths}
-    arrays: dict[str, Any] = {name: x.double().cpu().numpy() for name, x in result.items()}
-    arrays |= {"gold": call_function(gold, rollout.prompts, rollout.texts)} if gold else {}
-    return {**arrays, "ended": rollout.ended.double().cpu().numpy(), "texts": rollout.texts}
+def sample_rows(prompts: list[dict], result: dict[str, Any], model: str, step: int) -> list[dict]:
+    """Rows of samples.jsonl: responses of `model`, with what is known of each."""
+    rows = []
+    for i, (p, text) in enumerate(zip(prompts, result["texts"], strict=True)):
+        row = {"id": p["columns"].get("id", i), "prompt": p["prompt"], "response": text, "model": model, "step": step}
+        row |= {"finish_reason": "stop" if result["ended"][i] else "length", "tokens": int(result["length"][i])}
+        rows.append(row | {key: float(result[key][i]) for key in ("score", "gold", "kl") if key in result})
+    return rows
+
+
+def evaluate(lm: Any, prompts: list[dict], score_all: Callable, gold: Any, args: Any, who: str) -> dict[str, Any]:
+    """One response per held-out prompt in the role `who`: arrays over prompts, and the texts; score_all: rollout ->
+    scores (B,) by name."""
+    rollout = roll_out(lm, prompts, list(range(len(prompts))), 1, 1, who, (args.seed, 1, 0), args)
+    rows, mask, model = rollout.rows(), rollout.mask, lm[0]
+    logprobs, entropy = role_logprobs(model, who, rows, mask, args)
+    ref_logprobs, _ = role_logprobs(model, "reference", rows, mask, args)
+    result = {**score_all(rollout), "kl": (logprobs - ref_logprobs).sum(1), "length": mask.sum(1)}
+    result |= {"entropy": entropy.sum(1) / mask.sum(1), "ended": rollout.ended}
+    result |= {"gold": torch.from_numpy(call_function(gold, rollout.prompts, rollout.texts))} if gold else {}
+    return {"texts": rollout.texts, **{name: x.double().cpu().numpy() for name, x in result.items()}}
 
 
 def report(run: Run, prompts: list[dict], before: dict, after: dict) -> dict[str, Any]:
@@ -1589,15 +1538,9 @@ def report(run: Run, prompts: list[dict], before: dict, after: dict) -> dict[str
     interval of each, win-rate), printed and returned for result.json."""
     table: dict[str, Any] = {"prompts": len(prompts)}
     for name, result in (("sft", before), (run.stage, after)):
-        rows = []
-        for i, (p, text) in enumerate(zip(prompts, result["texts"], strict=True)):
-            row = {"id": p["columns"].get("id", i), "prompt": p["prompt"], "response": text, "model": name}
-            row |= {"finish_reason": "stop" if result["ended"][i] else "length", "tokens": int(result["length"][i])}
-            row |= {key: float(result[key][i]) for key in ("score", "gold") if key in result}
-            rows.append({**row, "step": run.total_steps})
-        run.add("samples.jsonl", rows)
-        values = {k: interval(x) for k, x in result.items() if k not in ("texts", "ended")}
-        table[name] = {**values, "ended": wilson_interval(result["ended"].mean(), len(prompts))}
+        run.add("samples.jsonl", sample_rows(prompts, result, name, run.total_steps))
+        table[name] = {k: interval(x) for k, x in result.items() if k not in ("texts", "ended")}
+        table[name]["ended"] = wilson_interval(result["ended"].mean(), len(prompts))
     key = "gold" if "gold" in after else "score"
     known = ~np.isnan(after.get(key, math.nan) - before.get(key, math.nan))
     if known.any():  # a judge may have declined them all
@@ -1610,7 +1553,7 @@ def report(run: Run, prompts: list[dict], before: dict, after: dict) -> dict[str
         cells = [" ".join(f"{x:.3f}" for x in table[model][name]) for model in ("sft", run.stage)]
         print(f"{name:26}{cells[0]:>28}{cells[1]:>28}")
     print(f"{key + ' win-rate over SFT':26}{'':28}{' '.join(f'{x:.3f}' for x in table.get(f'{key}_win_rate', ())):>28}")
-    return json.loads(json.dumps(table), parse_constant=lambda constant: None)  # NaN is no JSON
+    return table
 
 
 if __name__ == "__main__":

@@ -105,9 +105,8 @@ def check_samples(folder: Path, n: int, keys: set[str]) -> None:
 
     rows, special = read_jsonl(folder / "samples.jsonl"), AutoTokenizer.from_pretrained(folder).all_special_tokens
     assert [row["model"] for row in rows] == ["sft"] * n + ["dpo"] * n
-    assert all(
-        row.keys() == {"id", "prompt", "response", "model", "finish_reason", "tokens", "step"} | keys for row in rows
-    )
+    keys = keys | {"id", "prompt", "response", "model", "finish_reason", "tokens", "step", "kl"}
+    assert all(row.keys() == keys for row in rows)
     assert [row["prompt"] for row in rows[:n]] == [row["prompt"] for row in rows[n:]]
     assert len({row["prompt"] for row in rows}) == n and {row["finish_reason"] for row in rows} <= {"stop", "length"}
     assert not any(token in row["response"] for row in rows for token in special)

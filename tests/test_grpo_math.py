@@ -4,6 +4,7 @@ import itertools
 import math
 import subprocess
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +39,7 @@ def doubles(*rows: Any) -> Tensor:
 def test_presets_are_whole() -> None:
     """Every method of the flag has its preset, and every field of a preset is a flag that is None until settled."""
     assert set(get_args(grpo.MethodName)) == {*grpo.METHODS, *grpo.PAIR_METHODS}
-    for name in (*grpo.Method._fields, "beta", "pairs"):
+    for name in (*grpo.Method._fields, "beta"):
         assert getattr(grpo.Args(), name) is None
     for method, preset in grpo.METHODS.items():
         args = settled(method=method)
@@ -47,7 +48,7 @@ def test_presets_are_whole() -> None:
     assert settled(method="dapo", max_refills=0).max_refills == 0
     for method, beta in grpo.PAIR_METHODS.items():
         args = settled(method=method, max_refills=2)
-        assert (args.beta, args.pairs, args.max_refills) == (beta, "best_worst", 2)
+        assert (args.beta, args.max_refills) == (beta, 2)
         assert args.advantage is None and args.kl is None and args.clip_low is None
 
 
@@ -350,25 +351,16 @@ SCORES = doubles([1.0, 3.0, 2.0, 5.0, 5.0, 5.0, 0.0, math.log(3), 0.0])
 
 
 def test_best_and_worst_of_each_group() -> None:
-    """A group whose rewards tie gives no pair; each other group counts 1."""
-    pairs, weights = grpo.rank_pairs(SCORES, 3, "best_worst")
-    assert pairs.tolist() == [[1, 0], [7, 6]] and weights.tolist() == [1, 1]
+    """A group whose rewards tie gives no pair; of equal best or worst ones the first is taken."""
+    assert grpo.rank_pairs(SCORES, 3).tolist() == [[1, 0], [7, 6]]
+    assert grpo.rank_pairs(doubles([1.0, 3.0, 3.0, 1.0]), 4).tolist() == [[1, 0]]
 
 
-def test_all_pairs_of_a_group() -> None:
-    """Equal rewards form no pair; the pairs of a group share its weight."""
-    pairs, weights = grpo.rank_pairs(SCORES, 3, "all")
-    assert pairs.tolist() == [[1, 0], [1, 2], [2, 0], [7, 6], [7, 8]]
-    assert weights.tolist() == pytest.approx([1 / 3] * 3 + [1 / 2] * 2)
-
-
-@pytest.mark.parametrize("pairing", ["best_worst", "all"])
-def test_an_unknown_reward_is_in_no_pair(pairing: str) -> None:
+def test_an_unknown_reward_is_in_no_pair() -> None:
     """None from a reward function, NaN here, is neither best nor worst; one known reward is no pair."""
     rewards = doubles([NAN, 0.0, 1.0, NAN, NAN, 1.0, 2.0, NAN, 2.0, NAN, NAN, NAN])
-    pairs, weights = grpo.rank_pairs(rewards, 3, pairing)
-    assert pairs.tolist() == [[2, 1]] and weights.tolist() == [1]
-    assert grpo.rank_pairs(torch.full((6,), NAN), 3, pairing)[0].shape == (0, 2)
+    assert grpo.rank_pairs(rewards, 3).tolist() == [[2, 1]]
+    assert grpo.rank_pairs(torch.full((6,), NAN), 3).shape == (0, 2)
 
 
 def test_win_probabilities_by_hand() -> None:
@@ -385,31 +377,30 @@ def pair_batch(seed: int, g: int) -> tuple[dict[str, Tensor], Tensor]:
 
 
 @pytest.mark.parametrize("method", grpo.PAIR_METHODS)
-@pytest.mark.parametrize("pairing", ["best_worst", "all"])
 @pytest.mark.parametrize("seed", range(3))
-def test_pair_losses_equal_the_reference(method: str, pairing: str, seed: int) -> None:
-    """Mean over prompts of the mean over their pairs, written once more in float64 from the papers."""
+def test_pair_losses_equal_the_reference(method: str, seed: int) -> None:
+    """The pairs' losses, written once more in float64 from the papers; in a row of some of the responses."""
     batch, h = pair_batch(seed, 3)
     beta, lengths, rewards = 0.3, batch["mask"].sum(1), batch["rewards"]
-    pairs, weights = grpo.rank_pairs(rewards, 3, pairing)
-    losses = grpo.pair_losses(h, lengths, grpo.win_probabilities(rewards, 3), pairs, method, beta)
-    total = 0.0
+    pairs, wins = grpo.rank_pairs(rewards, 3), grpo.win_probabilities(rewards, 3)
+    found, args, total = grpo.pair_losses(h, lengths, wins, pairs, method, beta), SimpleNamespace(method=method), 0.0
+    args.beta = beta
     for first in (0, 3):
         own = range(first, first + 3)
-        combinations = [(i, j) for i in own for j in own if rewards[i] > rewards[j]]
-        if pairing == "best_worst":
-            combinations = [(max(own, key=lambda i: rewards[i]), min(own, key=lambda i: rewards[i]))]
-        for w, l in combinations:  # noqa: E741
-            h_w, h_l = h[w].item(), h[l].item()
-            wins = [sum(reference.sigma((rewards[i] - rewards[j]).item()) for j in own if j != i) / 2 for i in (w, l)]
-            if method == "online_dpo":
-                value = reference.cdpo(h_w, h_l, beta, 0.0)
-            elif method == "online_ipo":
-                value = (h_w / lengths[w].item() - h_l / lengths[l].item() - 1 / (2 * beta)) ** 2
-            else:
-                value = reference.sppo(h_w, wins[0], beta) + reference.sppo(h_l, wins[1], beta)
-            total += value / len(combinations)
-    assert (losses * weights).sum().item() == pytest.approx(total, rel=1e-6)
+        w, l = max(own, key=lambda i: rewards[i]), min(own, key=lambda i: rewards[i])  # noqa: E741
+        h_w, h_l = h[w].item(), h[l].item()
+        won = [sum(reference.sigma((rewards[i] - rewards[j]).item()) for j in own if j != i) / 2 for i in (w, l)]
+        if method == "online_dpo":
+            value = reference.cdpo(h_w, h_l, beta, 0.0)
+        elif method == "online_ipo":
+            value = (h_w / lengths[w].item() - h_l / lengths[l].item() - 1 / (2 * beta)) ** 2
+        else:
+            value = reference.sppo(h_w, won[0], beta) + reference.sppo(h_l, won[1], beta)
+        row = sorted((w, l))
+        loss, share = grpo.pair_terms(h[row], lengths[row], row, wins, pairs, args)
+        assert loss.item() == pytest.approx(value, rel=1e-6) and share == (h_w > h_l)
+        total += value
+    assert found.sum().item() == pytest.approx(total, rel=1e-6)
 
 
 def test_online_dpo_equals_trl() -> None:
@@ -420,9 +411,8 @@ def test_online_dpo_equals_trl() -> None:
     pytest.importorskip("trl", reason="TRL, which the losses are compared with, is not installed")
     trainer_class = pytest.importorskip("trl.experimental.online_dpo").OnlineDPOTrainer
     batch, h = pair_batch(4, 2)
-    pairs, weights = grpo.rank_pairs(batch["rewards"], 2, "best_worst")
-    wins = grpo.win_probabilities(batch["rewards"], 2)
-    ours = (grpo.pair_losses(h, batch["mask"].sum(1), wins, pairs, "online_dpo", 0.1) * weights).sum() / 3
+    pairs, wins = grpo.rank_pairs(batch["rewards"], 2), grpo.win_probabilities(batch["rewards"], 2)
+    ours = grpo.pair_losses(h, batch["mask"].sum(1), wins, pairs, "online_dpo", 0.1).sum() / 3
     order = [0, 2, 4, 1, 3, 5]
     settings = SimpleNamespace(
         use_vllm=False, missing_eos_penalty=None, loss_type="sigmoid", torch_empty_cache_steps=None, optim="adamw",
@@ -498,7 +488,7 @@ def test_greedy_rewards_are_of_each_prompt_once(monkeypatch: pytest.MonkeyPatch)
     """One greedy response per prompt, its penalties included, repeated for the prompt's samples."""
     asked = []
 
-    def roll_out(model: Any, tokenizer: Any, stops: list, prompts: list, names: list, samples: int, *rest: Any) -> Any:
+    def roll_out(lm: Any, prompts: list, names: list, samples: int, *rest: Any) -> Any:
         asked.append((prompts, samples, rest[-1].temperature))
         return SimpleNamespace(ended=doubles([1.0, 0.0]))
 
@@ -507,8 +497,7 @@ def test_greedy_rewards_are_of_each_prompt_once(monkeypatch: pytest.MonkeyPatch)
     args = settled(method="remax", samples_per_prompt=2, batch_size=4, missing_eos_penalty=2.0)
     rollout: Any = SimpleNamespace(prompts=["a", "a", "b", "b"])
     rewards = [grpo.Reward("r", 1.0, len)]
-    model: Any = None
-    assert grpo.greedy_rewards(model, None, [], rollout, rewards, args).tolist() == [3.0, 3.0]
+    assert grpo.greedy_rewards(None, rollout, rewards, args).tolist() == [3.0, 3.0]
     assert asked == [(["a", "b"], 1, grpo.GREEDY)]
 
 
@@ -636,8 +625,11 @@ def test_greedy_sampling_is_argmax(sft_run: Path) -> None:
         ("return [None] * len(responses)", "returned None for every response"),
     ],
 )
-def test_bad_reward_functions_stop_by_name(body: str, said: str, run_grpo: Callable[..., Path], tmp_path: Path) -> None:
+def test_bad_reward_functions_stop_by_name(
+    body: str, said: str, run_grpo: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One line that names the function and, where there is one, the offending row."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     file = tmp_path / "bad.py"
     head = "if len(responses) < 16: return [0.0] * len(responses)"  # the held-out prompts
     file.write_text(f"def bad(prompts, responses, **c):\n    {head}\n    {body}\n")

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import re
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -128,9 +129,9 @@ def test_a_run_writes_what_it_says(run: Run, reward_run: Path, capsys: pytest.Ca
     timing = strict_rows(folder, "timing.jsonl")
     assert all({"step", "seconds", "rollout_seconds", "tokens_per_second", "peak_bytes"} <= t.keys() for t in timing)
     samples, special = strict_rows(folder, "samples.jsonl"), AutoTokenizer.from_pretrained(folder).all_special_tokens
-    keys = {"id", "prompt", "response", "model", "finish_reason", "tokens", "score", "step"}
+    keys = {"id", "prompt", "response", "model", "finish_reason", "tokens", "score", "gold", "kl", "step"}
     assert [row["model"] for row in samples] == ["rollout 0"] * 4 + ["sft"] * 3 + ["grpo"] * 3
-    assert all(r.keys() == keys | {"kl"} for r in samples[:4]) and all(r.keys() == keys | {"gold"} for r in samples[4:])
+    assert all(row.keys() == keys for row in samples)
     assert [row["prompt"] for row in samples[4:7]] == [row["prompt"] for row in samples[7:]]
     assert {row["finish_reason"] for row in samples} <= {"stop", "length"}
     assert all(row["finish_reason"] == "stop" or row["tokens"] == 10 for row in samples)
@@ -305,7 +306,7 @@ def test_every_method_runs_with_every_extra(method: str, run: Run, sft_run: Path
     assert (max(row["refilled"] for row in rows) > 0) == (method == "dapo")
     assert all(("accuracy" in row) != ("clip_fraction" in row) for row in rows)
     if has_reference:
-        assert all(abs(row["kl"]) < 1e-4 for row in rows) and abs(rows[1]["heldout_kl"]) > 1e-4
+        assert all(abs(row["kl"]) < 1e-4 for row in rows) and abs(rows[1]["heldout_kl"]) < 1e-4
 
 
 @pytest.mark.parametrize(("kl", "passes"), [("none", 1), ("k3", 3)])
@@ -355,11 +356,11 @@ def test_a_batch_of_truncated_responses_moves_nothing(
     assert same_weights(folder, sft_run)
 
 
-def test_a_following_reference_and_a_fixed_judge(run: Run) -> None:
-    """--sync_ref_every 2: rollouts start at KL 0 every second step; the held-out KL is that to the start."""
+def test_a_following_reference(run: Run) -> None:
+    """--sync_ref_every 2: rollouts start at KL 0 every second step; the held-out KL is to the reference as it is."""
     rows = strict_rows(run(sync_ref_every=2, max_steps=4, eval_every=1))
     assert [abs(row["kl"]) < 1e-4 for row in rows] == [True, False, True, False]
-    assert all(abs(row["heldout_kl"]) > 1e-3 for row in rows)
+    assert [abs(row["heldout_kl"]) < 1e-4 for row in rows] == [False, True, False, True]
 
 
 @pytest.mark.parametrize("sync", [pytest.param(0, marks=pytest.mark.slow), 2])
@@ -438,7 +439,7 @@ def test_unknown_rewards_leave_the_response_out(run: Run, monkeypatch: pytest.Mo
 
 def test_penalties_by_hand(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """missing_eos_penalty 2 and an overlong buffer of half of 10 tokens: from 5 tokens on, 0.2 for each more."""
-    seen = record(monkeypatch, grpo, "penalised_rewards")
+    seen = record(monkeypatch, grpo, "penalised")
     run(reward_fn="constant", missing_eos_penalty=2.0, overlong_buffer=0.5, batch_size=48, max_steps=1)
     ((_, rollout, *_), totals) = seen[0]
     lengths = [len(y) for y in rollout.responses]
@@ -479,8 +480,11 @@ def refused(run: Run, *patterns: str, **flags: Any) -> None:
         pytest.param("return 3", ["TypeError"], marks=pytest.mark.slow),
     ],
 )
-def test_a_bad_function_among_others_is_one_line(body: str, patterns: list[str], run: Run, tmp_path: Path) -> None:
+def test_a_bad_function_among_others_is_one_line(
+    body: str, patterns: list[str], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As one of two rewards: its name, and the row where there is one."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     head = "if len(responses) < 16: return [0.0] * len(responses)"  # the held-out prompts
     (tmp_path / "bad.py").write_text(f"def bad(prompts, responses, **c):\n    {head}\n    {body}\n")
     refused(run, "reward function bad", *patterns, rewards=["share", f"{tmp_path / 'bad.py'}:bad=0.5"])
@@ -512,7 +516,6 @@ FLAG_ERRORS: list[tuple[dict[str, Any], list[str]]] = [
     ({"temperature": 0.0}, ["--temperature 0.0", "above 0"]),
     ({"tokens_per_batch": 0}, ["--tokens_per_batch 0"]),
     ({"method": "online_dpo", "ratio": "product"}, ["--ratio", "no part in --method online_dpo"]),
-    ({"pairs": "all"}, ["--pairs", "no part in --method grpo"]),
     ({"sample_batch_size": -1}, ["--sample_batch_size -1"]),
     ({"epochs": 0.0}, ["--epochs 0.0"]),
     ({"overlong_buffer": 2.0}, ["--overlong_buffer 2.0", "from 0 to 1"]),
@@ -700,22 +703,21 @@ RESUMED: dict[str, dict[str, Any]] = {
     "dapo": {"method": "dapo", "reward_fn": "rare", "mask_truncated": True},
     "sync": {"method": "rloo", "sync_ref_every": 2, "model": "base", "lora_r": 4},
     "remax": {"method": "remax", "sync_ref_every": 1},
-    "sppo": {"method": "sppo", "sync_ref_every": 2, "pairs": "all"},
+    "sppo": {"method": "sppo", "sync_ref_every": 2},
 }
 DEATHS = [
     ("grpo", "Run.clip_gradients", 4, False),  # between the two updates of the second step
     ("grpo", "Run.save", 2, False),  # metrics.jsonl is one step ahead of the checkpoint
     ("grpo", "save_model", 1, False),  # all steps are done, the result is not written
     ("dapo", "Run.log", 3, False),  # the third step has been computed, nothing of it is written
-    ("dapo", "replace_groups", 2, False),  # in the middle of a refill
+    ("dapo", "lay_out", 5, False),  # in the middle of a refill
     ("sync", "Run.log", 2, False),  # the reference has moved since the checkpoint
     ("sync", "collect", 3, False),  # the reference has moved, and its checkpoint is there
     ("remax", "torch.save", 3, True),  # half of the third checkpoint is written
     ("sppo", "Run.log", 3, False),
 ]
 LATER = {
-    ("grpo", "save_model"), ("grpo", "Run.save"), ("dapo", "replace_groups"), ("sync", "Run.log"),
-    ("remax", "torch.save"),
+    ("grpo", "save_model"), ("grpo", "Run.save"), ("dapo", "lay_out"), ("sync", "Run.log"), ("remax", "torch.save"),
 }  # fmt: skip
 
 
@@ -774,25 +776,19 @@ def test_rounds_of_refills_never_repeat(run: Run, monkeypatch: pytest.MonkeyPatc
     """A constant reward refills all four groups three times: 16 different prompts, 16 different names of noise."""
     calls = record(monkeypatch, grpo, "roll_out")
     (row,) = strict_rows(run(reward_fn="constant", max_refills=3, max_steps=1))
-    asked = [given for given, _ in calls if given[5] == 4]  # not the evaluations
+    asked = [given for given, _ in calls if given[3] == 4]  # not the evaluations
     assert row["refilled"] == 12
-    assert len({name for given in asked for name in given[4]}) == 16
-    assert len({p["key"] for given in asked for p in given[3]}) == 16
+    assert len({name for given in asked for name in given[2]}) == 16
+    assert len({p["key"] for given in asked for p in given[1]}) == 16
 
 
 def test_refills_go_by_the_total_and_bring_everything(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups are replaced where the weighted sum is flat; texts, ends and rewards are those of the new responses."""
-    calls, scored, tables = record(monkeypatch, grpo, "collect"), grpo.reward_table, []
-
-    def copied(*given: Any) -> Tensor:
-        table = scored(*given)
-        tables.append(table.clone())  # collect writes into the first
-        return table
-
-    monkeypatch.setattr(grpo, "reward_table", copied)
+    calls, tables = record(monkeypatch, grpo, "collect"), record(monkeypatch, grpo, "reward_table")
     run(rewards=["constant", "rare"], max_refills=1, max_steps=1)
-    (((_, tokenizer, stop_ids, _, rewards, _), (rollout, table, n)),) = calls
-    assert n == grpo.flat_groups(grpo.total_rewards(tables[0], [1.0, 1.0]), 4).sum() and 0 < n < 4
+    ((((_, tokenizer, stop_ids), _, rewards, _), (rollout, table, n)),) = calls
+    first = next(found for (asked, *_), found in tables if len(asked.texts) == 16)
+    assert n == grpo.flat_groups(grpo.total_rewards(first, rewards), 4).sum() and 0 < n < 4
     assert rollout.texts == tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)
     assert rollout.ended.tolist() == [float(y[-1] in stop_ids) for y in rollout.responses]
     assert table[:, 1].tolist() == rewards[1].function([p["prompt"] for p in rollout.prompts], rollout.texts)
@@ -826,24 +822,19 @@ def test_score_is_before_penalties(run: Run) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------- pair methods
-@pytest.mark.parametrize("pairs", ["best_worst", "all"])
 @pytest.mark.parametrize("method", grpo.PAIR_METHODS)
-def test_a_step_of_pairs_is_what_the_papers_say(
-    method: str, pairs: str, first_step: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_of_pairs_is_what_the_papers_say(method: str, first_step: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loss of a run away from its reference, from the log-probs of all responses, in float64."""
     seen, tables = record(monkeypatch, grpo, "collect"), record(monkeypatch, grpo, "role_logprobs")
-    _, metrics = first_step(method=method, pairs=pairs, entropy_coef=0.0)
+    _, metrics = first_step(method=method, entropy_coef=0.0)
     ((_, (rollout, table, _)),) = seen
     known = {given[1]: x[0].double() for given, x in tables if len(given[3]) == 16}
     h = ((known["policy"] - known["reference"]) * rollout.mask).sum(1).tolist()
     beta, lengths, total, ranked = grpo.PAIR_METHODS[method], rollout.mask.sum(1).tolist(), 0.0, 0
     for first in range(0, 16, 4):
         own, r = range(first, first + 4), table[:, 0].tolist()
-        chosen = [(i, j) for i in own for j in own if r[i] > r[j]]
-        if chosen and pairs == "best_worst":
-            chosen = [(max(own, key=lambda i: r[i]), min(own, key=lambda i: r[i]))]
-        for w, l in chosen:  # noqa: E741
+        w, l = max(own, key=lambda i: r[i]), min(own, key=lambda i: r[i])  # noqa: E741
+        if r[w] > r[l]:
             win = [sum(reference.sigma(r[i] - r[j]) for j in own if j != i) / 3 for i in (w, l)]
             if method == "online_dpo":
                 value = reference.cdpo(h[w], h[l], beta, 0.0)
@@ -851,18 +842,17 @@ def test_a_step_of_pairs_is_what_the_papers_say(
                 value = (h[w] / lengths[w] - h[l] / lengths[l] - 1 / (2 * beta)) ** 2
             else:
                 value = reference.sppo(h[w], win[0], beta) + reference.sppo(h[l], win[1], beta)
-            total += value / len(chosen)
-        ranked += bool(chosen)
+            total, ranked = total + value, ranked + 1
     assert metrics["policy_loss"] == pytest.approx(total / ranked, rel=1e-4) and 0 < metrics["accuracy"] < 1
 
 
 def test_only_what_is_compared_is_trained_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """best_worst: rows of the update hold two responses to each prompt whose rewards differ, in a row together."""
-    ranked, rows = record(monkeypatch, grpo, "rank_pairs"), record(monkeypatch, grpo, "lay_out")
+    ranked, rows = record(monkeypatch, grpo, "rank_pairs"), record(monkeypatch, grpo, "flat_rows")
     run(method="online_dpo", tokens_per_batch=1, max_steps=1)
-    ((_, (pairs, weights)),) = ranked
-    ((_, laid_out),) = rows
-    assert 0 < len(pairs) <= 4 and weights.tolist() == [1.0] * len(pairs)
+    ((_, pairs),) = ranked
+    _, _, (_, laid_out), _ = rows  # of the evaluations and the rollout too
+    assert 0 < len(pairs) <= 4
     assert sorted(row.numbers for row in laid_out) == sorted(sorted(pair) for pair in pairs.tolist())
 
 
@@ -881,11 +871,11 @@ def test_a_missing_end_costs(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     ranked, seen = record(monkeypatch, grpo, "rank_pairs"), record(monkeypatch, grpo, "collect")
     flags = {"method": "online_dpo", "reward_fn": "constant", "missing_eos_penalty": 2.0, "batch_size": 48}
     (row,) = strict_rows(run(max_steps=1, **flags))
-    ((_, (pairs, _)),), ((_, (rollout, *_)),) = ranked, seen
+    ((_, pairs),), ((_, (rollout, *_)),) = ranked, seen
     assert 0 < row["eos_rate"] < 1 and row["score"] == pytest.approx(0.1) and len(pairs)
     assert all(rollout.ended[better] == 1 and rollout.ended[worse] == 0 for better, worse in pairs.tolist())
     run(max_steps=1, mask_truncated=True, **flags)
-    assert not len(ranked[1][1][0])
+    assert not len(ranked[1][1])
 
 
 def test_a_rewarded_word_becomes_frequent(run: Run, tmp_path: Path) -> None:

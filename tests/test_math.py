@@ -218,15 +218,7 @@ def test_learning_rate(total: int, ratio: float) -> None:
     assert all(0 < rate <= 0.01 for rate in rates) and max(rates[:total]) == pytest.approx(0.01)
 
 
-ALONE = SimpleNamespace(total=lambda *values: list(values))  # a Run of one process
-
-
-def means_of(mask: Tensor, ended: Tensor, scores: Tensor, golds: np.ndarray, tables: dict[str, Tensor]) -> dict:
-    """ppo.batch_means of these tables."""
-    fields: Any = {name: [] for name in ppo.Rollout._fields}
-    rollout = ppo.Rollout(**{**fields, "mask": mask, "ended": ended})
-    run: Any = ALONE
-    return ppo.batch_means(run, rollout, scores, golds, **tables)
+ALONE: Any = SimpleNamespace(total=lambda *values: list(values))  # a Run of one process
 
 
 @SEEDS
@@ -234,11 +226,12 @@ def means_of(mask: Tensor, ended: Tensor, scores: Tensor, golds: np.ndarray, tab
 def test_metrics_are_means_over_real_tokens(seed: int, extra_columns: int) -> None:
     """Trap 11: score, reward, kl per response; entropy and explained variance per token; garbage padding unseen."""
     x = ragged(seed, extra_columns, "rewards log_ratio entropy values returns")
-    t, n = dict(x.tensors), len(x.mask)
-    scores, ended = torch.arange(n, dtype=torch.float64), torch.tensor([1.0] + [0.0] * (n - 1))
-    t["error"] = t["returns"] - t.pop("values")
-    metrics = means_of(x.mask, ended, scores, np.zeros(0), t)
-    lists = x.lists
+    t, n, lists = x.tensors, len(x.mask), x.lists
+    columns = {"score": torch.arange(n, dtype=torch.float64), "response_length": x.mask.sum(1)}
+    columns |= {"eos_rate": torch.tensor([1.0] + [0.0] * (n - 1)), "reward": (t["rewards"] * x.mask).sum(1)}
+    columns |= {"kl": (t["log_ratio"] * x.mask).sum(1), "entropy": t["entropy"].masked_fill(x.mask == 0, math.nan)}
+    metrics = ppo.batch_means(ALONE, columns)
+    metrics["explained_variance"] = ppo.explained_variance(ALONE, t["values"], t["returns"], x.mask)
     expected = {
         "score": (n - 1) / 2,
         "reward": sum(map(sum, lists["rewards"])) / n,
@@ -253,10 +246,9 @@ def test_metrics_are_means_over_real_tokens(seed: int, extra_columns: int) -> No
 
 def test_a_gold_score_of_none_is_left_out_of_the_mean() -> None:
     """Trap 31: what a judge could not judge is neither 0 nor a loss: the mean of 1, None, 3 is 2."""
-    tables = {name: torch.zeros(3, 2) for name in ("rewards", "log_ratio", "entropy", "error", "returns")}
-    golds = np.array([1.0, math.nan, 3.0])
-    assert means_of(torch.ones(3, 2), torch.ones(3), torch.zeros(3), golds, tables)["gold"] == 2.0
-    assert "gold" not in means_of(torch.ones(3, 2), torch.ones(3), torch.zeros(3), golds * math.nan, tables)
+    golds = torch.tensor([1.0, math.nan, 3.0])
+    assert ppo.batch_means(ALONE, {"gold": golds, "score": torch.ones(3)}) == {"gold": 2.0, "score": 1.0}
+    assert ppo.batch_means(ALONE, {"gold": golds * math.nan, "score": torch.ones(3)}) == {"score": 1.0}
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -286,8 +278,8 @@ def test_the_closing_report_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
     after = {"texts": ["b"] * 5, "gold": np.array([1.0, 2.0, 1.0, 1.0, 5.0]), "kl": np.ones(5), **shared}
     table = ppo.report(run, prompts, before, after)
     assert table["prompts"] == 5 and table["sft"]["gold"][0] == 1.0 and table["ppo"]["gold"][0] == 2.0
-    assert table["ppo"]["kl"] == [1.0, 1.0, 1.0] and table["sft"]["ended"] == list(ppo.wilson_interval(0.6, 5))
-    assert table["gold_win_rate"] == [0.625, *ppo.wilson_interval(0.625, 4)]
+    assert table["ppo"]["kl"] == (1.0, 1.0, 1.0) and table["sft"]["ended"] == ppo.wilson_interval(0.6, 5)
+    assert table["gold_win_rate"] == (0.625, *ppo.wilson_interval(0.625, 4))
     assert [row["model"] for row in written] == ["sft"] * 5 + ["ppo"] * 5
     assert [row["finish_reason"] for row in written[:5]] == ["stop"] * 3 + ["length"] * 2
     assert [row["id"] for row in written[5:]] == [100, 101, 102, 103, 104]

@@ -26,7 +26,6 @@ Run = Callable[..., Path]
 KEYS = {
     "step", "score", "reward", "kl", "entropy", "response_length", "eos_rate", "policy_loss", "value_loss",
     "clip_fraction", "approx_kl", "explained_variance", "learning_rate", "kl_coef", "grad_norm", "critic_grad_norm",
-    "updates",
 }  # fmt: skip
 FILES = {
     "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json",
@@ -221,15 +220,13 @@ def test_what_costs_memory_does_not_change_the_step(
 def test_every_pass_keeps_the_bound_on_tokens(
     run_ppo: Run, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rollouts, evaluation, pretraining text and a reward model that reads text: rows of at most --tokens_per_batch."""
+    """Rollouts, evaluation and a reward model that reads text: rows of at most --tokens_per_batch."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     AutoModelForSequenceClassification.from_pretrained(base, num_labels=1).save_pretrained(tmp_path / "whole")
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "whole")
-    write_jsonl(tmp_path / "text.jsonl", [{"text": f"The fox number {i} is red. " * (1 + i % 4)} for i in range(8)])
-    flags = {"reward_model": str(tmp_path / "whole"), "ptx_dataset": str(tmp_path / "text.jsonl"), "ptx_coef": 0.5}
     seen = record(monkeypatch, ppo, "flat_row")
-    run_ppo(**flags, max_steps=1, minibatches=1, tokens_per_batch=100)
+    run_ppo(reward_model=str(tmp_path / "whole"), batch_size=16, minibatches=1, tokens_per_batch=100)
     assert len(seen) > 10 and all(len(row.ids) <= 100 or len(given[0]) == 1 for given, row in seen)
     assert sum(len(given[0]) > 1 for given, _ in seen) > 5  # and they are filled
 
@@ -311,23 +308,22 @@ UPDATES: list[dict[str, Any]] = [
     {"policy_loss": "penalty", "penalty_coef": 2.0},
     {"entropy_coef": 0.3},
     {"temperature": 0.7},
-    {"ptx_dataset": "text", "ptx_coef": 0.7},
 ]
 
 
 @pytest.mark.parametrize("flags", UPDATES, ids=lambda flags: ",".join(flags))
 def test_the_second_update_has_the_gradient_of_its_loss(
-    flags: dict, run_ppo: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    flags: dict, run_ppo: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Eqs. 7 and 8 of PPO, the bonus, InstructGPT's eq. 2, and the critic's: where policy and critic have moved, the
+    """Eqs. 7 and 8 of PPO, the bonus, and the critic's loss: where policy and critic have moved, the
     accumulated gradients equal those of losses that are written out here, from plain passes of one response each."""
     seen = {name: record(monkeypatch, ppo, name) for name in ("roll_out", "role_logprobs", "masked_whiten", "gae")}
-    seen |= {name: record(monkeypatch, ppo, name) for name in ("role_tables", "add_critic", "load_examples")}
+    seen |= {name: record(monkeypatch, ppo, name) for name in ("role_tables", "add_critic")}
     found: list[tuple[list[Tensor], list[Tensor]]] = []
     original = ppo.Run.clip_gradients
 
     def policy_loss(args: Any) -> Tensor:
-        model, rollout = seen["roll_out"][-1][0][0], seen["roll_out"][-1][1]
+        model, rollout = seen["roll_out"][-1][0][0][0], seen["roll_out"][-1][1]
         tables = [x for given, x in seen["role_logprobs"] if given[1] == "policy" and given[3] is rollout.mask]
         old, advantages = tables[0][0], seen["masked_whiten"][-1][1]
         n, loss = rollout.mask.sum(), torch.zeros(())
@@ -343,17 +339,10 @@ def test_the_second_update_has_the_gradient_of_its_loss(
                 terms = -ratio * a + 2 * (ratio - 1 - ratio.log())
             terms = terms + args.entropy_coef * (logp.exp() * logp).sum(-1)
             loss = loss + terms.sum() / n
-        if args.ptx_dataset:
-            windows = seen["load_examples"][-1][1]
-            chosen = ppo.take(windows, ppo.batch_indices(len(found) // 2, windows["length"], 8, args.seed))
-            total = sum(len(w["ids"]) - 1 for w in chosen)
-            for w in chosen:
-                table = plain_pass(model, w["ids"]).logits[0].log_softmax(-1)
-                loss = loss - 0.7 * table[range(len(w["ids"]) - 1), w["ids"][1:]].sum() / total
         return loss
 
     def value_loss() -> Tensor:
-        model, rollout = seen["roll_out"][-1][0][0], seen["roll_out"][-1][1]
+        model, rollout = seen["roll_out"][-1][0][0][0], seen["roll_out"][-1][1]
         (old,) = next(x for given, x in seen["role_tables"] if given[1] == "critic")
         returns, head, loss = seen["gae"][-1][1][1], seen["add_critic"][0][1], torch.zeros(())
         for i, y in enumerate(rollout.responses):
@@ -366,7 +355,7 @@ def test_the_second_update_has_the_gradient_of_its_loss(
 
     def hooked(run: Any, optimizer: Any, rate: float) -> float:
         who = "policy" if len(found) % 2 == 0 else "critic"
-        weights, model = optimizer.param_groups[0]["params"], seen["roll_out"][-1][0][0]
+        weights, model = optimizer.param_groups[0]["params"], seen["roll_out"][-1][0][0][0]
         ours = [p.grad.clone() for p in weights]
         with ppo.role(model, who, grad=True):
             expected = torch.autograd.grad(policy_loss(run.args) if who == "policy" else value_loss(), weights)
@@ -374,9 +363,6 @@ def test_the_second_update_has_the_gradient_of_its_loss(
         return original(run, optimizer, rate)
 
     monkeypatch.setattr(ppo.Run, "clip_gradients", hooked)
-    if "ptx_dataset" in flags:
-        texts = [{"text": f"The fox number {i} is red. " * (1 + i % 4)} for i in range(12)]
-        flags = {**flags, "ptx_dataset": str(write_jsonl(tmp_path / "text.jsonl", texts))}
     rates = {"learning_rate": 0.02, "critic_learning_rate": 0.02}
     rows = metrics(run_ppo(max_steps=1, minibatches=1, tokens_per_batch=70, **rates, **flags))
     assert len(found) == 4 and rows[0]["clip_fraction"] > 0
@@ -384,33 +370,6 @@ def test_the_second_update_has_the_gradient_of_its_loss(
         scale = max(g.abs().max().item() for g in expected)
         assert scale > 1e-3
         assert all(torch.allclose(a, b, atol=1e-4 * scale) for a, b in zip(ours, expected, strict=True))
-
-
-def test_ptx_windows_hold_the_whole_text(run_ppo: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every text, its end token included, in windows of a prompt and a response; no window of one token."""
-    seen = record(monkeypatch, ppo, "load_examples")
-    texts = ["The fox is red. " * n for n in (1, 5, 20)]
-    file = write_jsonl(tmp_path / "text.jsonl", [{"text": text} for text in texts])
-    run_ppo(ptx_dataset=str(file), max_prompt_length=30, max_response_length=10, max_steps=1)
-    (_, columns, _, tokenizer, *_), windows = seen[-1]
-    assert columns == ["text"]
-    found = [w["ids"] for w in ppo.take(windows, range(len(windows)))]
-    assert all(2 <= len(w) <= 40 for w in found) and max(map(len, found)) == 40
-    expected = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
-    assert sum(found, []) == sum(expected, [])
-
-
-def test_update_counts_of_early_stop_and_warmup(run_ppo: Run, sft_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Early stop: with a limit that the first update breaks, one update is done; with a far one, all of them.
-    Critic warm-up: the saved policy is the SFT adapter to the bit, the critic has learnt."""
-    for limit, updates in ((1e-9, 1), (1e9, 8)):
-        rows = metrics(run_ppo(early_stop_kl=limit, ppo_epochs=4, learning_rate=0.01, max_steps=1))
-        assert rows[0]["updates"] == updates
-    folder = run_ppo(critic_warmup=1, max_steps=1)
-    assert same_weights(folder, sft_run)
-    row = metrics(folder)[0]
-    assert row["value_loss"] > 0 and row["critic_grad_norm"] > 0 and row["grad_norm"] == 0
-    assert not same_weights(run_ppo(critic_warmup=1, max_steps=2), sft_run)
 
 
 def test_kl_coef_follows_the_controller(run_ppo: Run) -> None:
@@ -422,10 +381,8 @@ def test_kl_coef_follows_the_controller(run_ppo: Run) -> None:
     assert len({row["kl_coef"] for row in rows}) > 1
 
 
-def test_clip_and_end_penalty_bound_the_reward(run_ppo: Run) -> None:
-    """Without a KL penalty the reward is the score, less the penalty of what did not end, then clipped."""
-    row = metrics(run_ppo(score_clip=0.05, kl_coef=0.0, max_steps=1))[0]
-    assert abs(row["reward"]) <= 0.05 + 1e-6 < abs(row["score"])
+def test_the_reward_is_the_score_less_what_did_not_end(run_ppo: Run) -> None:
+    """Without a KL penalty the reward is the score, less the penalty of what did not end."""
     row = metrics(run_ppo(missing_eos_penalty=2.0, kl_coef=0.0, max_steps=1))[0]
     assert 0 < row["eos_rate"] < 1
     assert row["reward"] == pytest.approx(row["score"] - 2 * (1 - row["eos_rate"]), abs=1e-5)
@@ -505,7 +462,7 @@ def test_ctrl_c_ends_with_a_checkpoint(run_ppo: Run, monkeypatch: pytest.MonkeyP
     original = ppo.roll_out
 
     def interrupted(*args: Any) -> Any:
-        if args[8][1:] == (0, 1):
+        if args[6][1:] == (0, 1):
             os.kill(os.getpid(), signal.SIGINT)
         return original(*args)
 
@@ -607,7 +564,7 @@ RUNS: list[Any] = [
     {"epochs": 0.5, "max_steps": 0, "eval_dataset": "prompts", "weight_decay": 0.1, "warmup_ratio": 0.5},
     {"model": "base", "reward_fn": True, "lora_r": 2, "lora_alpha": 8.0, "lora_target_modules": ["q_proj", "v_proj"]},
     pytest.param({"model": "base", "gold_fn": True, "chat_template": "plain"}, marks=SLOW),
-    pytest.param({"samples_per_prompt": 8, "gradient_checkpointing": True, "score_clip": 0.1}, marks=SLOW),
+    pytest.param({"samples_per_prompt": 8, "gradient_checkpointing": True}, marks=SLOW),
     pytest.param({"dtype": "bfloat16", "reward_fn": True, "policy_loss": "penalty"}, marks=SLOW),
     pytest.param({"kl_coef": 0.0, "max_grad_norm": 0.01, "lora_r": 4}, marks=SLOW),
     pytest.param({"chat_template": "text"}, marks=SLOW),
@@ -659,7 +616,6 @@ def test_every_flag_runs(flags: dict, run_ppo: Run, world: Path, base: Path, rew
         ({"gold_fn": "absent"}, ["absent", "expected file.py:function"]),
         ({"max_prompt_length": 3}, ["no usable row", "24 prompt over 3 tokens"]),
         ({"max_response_length": 600}, ["512 positions"]),
-        ({"ptx_dataset": "absent.jsonl"}, ["absent.jsonl"]),
         ({"eval_dataset": "absent.jsonl"}, ["absent.jsonl"]),
         ({"reward_model": "absent"}, ["absent"]),
         ({"model": "absent"}, ["absent"]),
@@ -695,6 +651,21 @@ def test_columns_clash(run_ppo: Run, world: Path, tmp_path: Path) -> None:
     other = write_jsonl(tmp_path / "other.jsonl", [{"question": row["prompt"]} for row in rows])
     refused(run_ppo, "no usable row of 24", "found question", "expected prompt", dataset=str(other))
     assert len(metrics(run_ppo(dataset=str(other), columns="prompt=question", max_steps=1))) == 1
+
+
+def test_a_reward_model_that_refuses_a_prompt(run_ppo: Run, reward_run: Path, world: Path, tmp_path: Path) -> None:
+    """Prompts with a system message, a reward model whose template has none: one line, not a crash in a step."""
+    import shutil
+
+    folder = Path(shutil.copytree(reward_run, tmp_path / "reward"))
+    (folder / "chat_template.jinja").write_text(
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+        "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    rows = [{"prompt": row["prompt"], "system": "Be brief."} for row in read_jsonl(world / "prompts.jsonl")]
+    file = write_jsonl(tmp_path / "system.jsonl", rows)
+    refused(run_ppo, "no system role", reward_model=str(folder), dataset=str(file))
 
 
 def test_bad_prompts_are_counted_by_reason(run_ppo: Run, world: Path, tmp_path: Path, capsys: Any) -> None:
@@ -880,8 +851,8 @@ def test_columns_that_some_rows_lack_are_none() -> None:
     ],
 )
 def test_a_bad_reward_fn_is_one_line(body: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it returned and for what, or the file, the line and the mistake; such mistakes are not tried again."""
-    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"waits {seconds} s"))
+    """What it returned and for what, or the file, the line and the mistake."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     function = ppo.load_function(reward_function(tmp_path, body))
     with pytest.raises(ppo.UserError) as caught:
         ppo.call_function(function, PROMPTS * 2, list("abcdefgh"))
@@ -914,21 +885,6 @@ def test_a_reward_file_that_does_not_load(body: str, tmp_path: Path) -> None:
     with pytest.raises(ppo.UserError, match=str(tmp_path / "mine.py")) as caught:
         ppo.load_function(f"{tmp_path / 'mine.py'}:score")
     assert "\n" not in str(caught.value)
-
-
-def test_a_reward_model_that_refuses_a_prompt(run_ppo: Run, reward_run: Path, world: Path, tmp_path: Path) -> None:
-    """Prompts with a system message, a reward model whose template has none: one line, not a crash in a step."""
-    import shutil
-
-    folder = Path(shutil.copytree(reward_run, tmp_path / "reward"))
-    (folder / "chat_template.jinja").write_text(
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-        "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
-        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-    )
-    rows = [{"prompt": row["prompt"], "system": "Be brief."} for row in read_jsonl(world / "prompts.jsonl")]
-    file = write_jsonl(tmp_path / "system.jsonl", rows)
-    refused(run_ppo, "no system role", reward_model=str(folder), dataset=str(file))
 
 
 def test_empty_responses_are_scored(run_ppo: Run, monkeypatch: pytest.MonkeyPatch) -> None:

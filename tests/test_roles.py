@@ -32,10 +32,9 @@ class Roles:
 
     def rollout(self, samples: int = 3, step: int = 0, who: str = "policy") -> ppo.Rollout:
         """Responses to all prompts, as PPO's step `step` samples them."""
-        names, count = list(range(len(self.prompts))), self.args.minibatches
-        return ppo.roll_out(
-            self.model, self.tokenizer, self.stop_ids, self.prompts, names, samples, count, who, (0, 0, step), self.args
-        )  # fmt: skip
+        lm, names = (self.model, self.tokenizer, self.stop_ids), list(range(len(self.prompts)))
+        parts = self.args.minibatches
+        return ppo.roll_out(lm, self.prompts, names, samples, parts, who, (0, 0, step), self.args)
 
     def logprobs(self, who: str, rollout: ppo.Rollout) -> Tensor:
         """Log-probs (B, T) of a rollout in a role."""
@@ -568,7 +567,7 @@ def test_what_is_no_reward_model_is_one_line(base: Path, sft_run: Path, world: P
     for folder, message in (
         (tmp_path / "two", "no run folder of reward.py, nor a model with one score"),
         (tmp_path / "bert", "no run folder of reward.py, nor a model with one score"),
-        (sft_run, "no reward head of 64; from reward.py?"),
+        (sft_run, "no reward head; from reward.py?"),
         (base, "no run folder of reward.py, nor a model with one score"),
         (tmp_path / "absent", "absent"),
     ):

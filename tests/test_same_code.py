@@ -13,8 +13,8 @@ from conftest import ROOT, STAGES
 
 SCRIPTS = [ROOT / f"{stage}.py" for stage in STAGES if (ROOT / f"{stage}.py").is_file()]
 SIZES = {  # at most: code lines; lines; lines above the ruled line. The first two may only go down
-    "sft": (729, 1023, 350), "reward": (831, 1193, 350), "ppo": (1152, 1617, 460), "dpo": (1161, 1785, 550),
-    "grpo": (1365, 2028, 660),
+    "sft": (729, 1023, 350), "reward": (831, 1193, 350), "ppo": (1091, 1560, 450), "dpo": (1160, 1785, 550),
+    "grpo": (1289, 1943, 450),
 }  # fmt: skip
 AIMS = {"sft": (460, 680), "reward": (530, 780), "ppo": (850, 1200), "dpo": (760, 1230), "grpo": (870, 1280)}
 RULE = "# " + "=" * 113
@@ -120,10 +120,14 @@ def test_same_name_same_bytes() -> None:
 
 
 def test_same_order() -> None:
-    """What two scripts share comes in the same order, so that a diff shows only what the stages do differently."""
-    sources = {path.stem: list(definitions(path.read_text(encoding="utf-8"))) for path in SCRIPTS}
+    """What two scripts share comes in the same order, so that a diff shows only what the stages do differently.
+
+    Where `main` stands among it differs: each file has above it the maths that is its own algorithm's core.
+    """
+    sources = {path.stem: definitions(path.read_text(encoding="utf-8")) for path in SCRIPTS}
     for (a, ours), (b, theirs) in combinations(sources.items(), 2):
-        shared = [name for name in ours if name in theirs], [name for name in theirs if name in ours]
+        both = ours.keys() & theirs.keys() - {"main"}
+        shared = [name for name in ours if name in both], [name for name in theirs if name in both]
         assert shared[0] == shared[1], f"{a}.py and {b}.py:\n" + "\n".join(
             difflib.unified_diff(*shared, lineterm="", n=1)
         )

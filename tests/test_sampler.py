@@ -287,7 +287,7 @@ def test_truncated_responses_are_marked(run_ppo: Any, monkeypatch: pytest.Monkey
     """Traps 13, 15: `ended` is 1 exactly where the last token is a stop id; rows hold the very ids sampled."""
     seen = record(monkeypatch, ppo, "roll_out")
     run_ppo(max_steps=1, max_response_length=6, batch_size=32, eval_size=8)
-    for (_, _, stop_ids, *_), rollout in seen:
+    for ((_, _, stop_ids), *_), rollout in seen:
         expected = [float(y[-1] in stop_ids) for y in rollout.responses]
         assert rollout.ended.tolist() == expected and (len(set(expected)) == 2 or len(expected) < 32)
         assert all("<|end|>" not in text for text in rollout.texts)

@@ -239,7 +239,7 @@ def describe_run(stage: str, script: Any, flags: Any, plan: PlanArgs) -> Run:
     trained, heads, others = [*roles], [config.hidden_size] * (stage == "reward"), []
     moving = getattr(flags, "sync_ref_every", 0)
     if stage in ("ppo", "dpo", "grpo") and (is_adapter or bare or moving):
-        roles |= {"reference": start} | ({"start": start} if moving and (is_adapter or bare) else {})
+        roles |= {"reference": start} | ({"start": start} if stage == "dpo" and moving and (is_adapter or bare) else {})
     for k, source in enumerate(reward_sources(stage, flags)):
         own, adapted = script.find_base(source) if source else (base, False)
         others += [] if own == base else [read_config(own, flags)]
@@ -548,7 +548,7 @@ def sampling_phases(run: Run, n: int) -> dict[str, Bytes]:
     return finish(run, phases)
 
 
-def row_size(run: Run, limit: int, k: int, n_groups: int, all_supervised: bool = False) -> Size:
+def row_size(run: Run, limit: int, k: int, n_groups: int) -> Size:
     """The fullest row of up to `limit` tokens: prompts with k responses, or shorter ones in their proportions. Where
     prompts share no row: one response, or the two that a loss of pairs needs."""
     pair = 2 if run.stage in ("reward", "dpo") and k > 1 else 1
@@ -556,8 +556,7 @@ def row_size(run: Run, limit: int, k: int, n_groups: int, all_supervised: bool =
     if not run.plain:
         group, limit = [pair * (run.prompt + run.response), pair * run.response, 1], 0
     share = max(1.0, min(limit / group[0], n_groups))
-    tokens, supervised, responses = (math.ceil(part * share) for part in group)
-    return Size(tokens, tokens if all_supervised else supervised, responses)
+    return Size(*(math.ceil(part * share) for part in group))
 
 
 def uses_flex(run: Run, limit: int) -> bool:
@@ -585,8 +584,6 @@ def training_phases(run: Run, limit: int) -> dict[str, Bytes]:
         jobs += [("scores: reference", "reference", "score", row)]
         jobs += [(f"scores: {', '.join(judges)}", judges[0], "score", row)] if judges else []
     jobs += [(f"update: {who}", who, "update", row) for who in trained]
-    if getattr(flags, "ptx_dataset", None):
-        jobs += [("update: ptx", "policy", "update", row_size(run, limit, 1, 10**9, True))]
     for name, who, kind, size in jobs:  # what holds the peak at two layers may not at all of them
         trace = partial(trace_pass, run, size, flex, who, kind)
         peaks = [by_depth(run, lambda depth, trace=trace, k=k: trace(depth)[k]) for k in (0, 1, 2)]  # type: ignore[misc]
