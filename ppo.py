@@ -513,10 +513,8 @@ class Run:
             fine = not isinstance(value, int | float) or value > 0 or (value == 0 and name not in ABOVE_ZERO)
             check(fine, f"--{name} {value}: must be above 0{' or 0' * (name not in ABOVE_ZERO)}")
         for tracker in args.report_to or []:
-            check(
-                importlib.util.find_spec(tracker.split(".")[0]),
-                f"--report_to {tracker}: not installed; pip install {tracker}",
-            )
+            found = importlib.util.find_spec(tracker.split(".")[0])
+            check(found, f"--report_to {tracker}: not installed; pip install {tracker}")
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns that an optional package is missing
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")  # calls between the two
         transformers.utils.logging.disable_progress_bar()
