@@ -16,21 +16,12 @@ What PPO's critic estimates, the worth of a prompt before the response, is read 
          minimise  - aggregate over tokens of  min(ratio A, clip(ratio, 1 - low, 1 + high) A)  + kl_coef KL(pi, pi_ref)
        or, on pairs, a loss of h = log pi_theta(y|x) - log pi_ref(y|x) of the better (w) and the worse (l) response
 
-`--method` names a published combination (METHODS below), and any flag of its own overrides its part of it:
+`--method` names a published combination of advantage, aggregation, ratio, clip and KL, METHODS below, and any flag of
+its own overrides its part of it; or a loss of pairs:
 
-    method         advantage                    aggregation   ratio      clip            KL             else
-    grpo           (R - mean) / sd of group     response      token      0.2, 0.2        k3 in loss
-    dr_grpo        R - mean of group            constant      token      0.2, 0.2        none
-    dapo           (R - mean) / sd of group     token         token      0.2, 0.28       none           refill, overlong
-    gspo           (R - mean) / sd of group     response      sequence   3e-4, 4e-4      none
-    cispo          (R - mean) / sd of group     token         token      weight <= 5     none
-    rloo           R - mean of the others       response      product    0.2, 0.2        k1 in reward
-    reinforce      R - mean of batch            response      product    0.2, 0.2        none
-    reinforce_pp   R whitened over the batch    token         token      0.2, 0.2        k1 in reward
-    remax          R - R of greedy response     response      product    0.2, 0.2        k1 in reward
-    online_dpo     pairs                        -log sigma(beta (h_w - h_l))
-    online_ipo     pairs                        (h_w / |y_w| - h_l / |y_l| - 1 / (2 beta))^2
-    sppo           pairs                        (h - (P - 1/2) / beta)^2 of both; P: how probably y beats the others
+    online_dpo     -log sigma(beta (h_w - h_l))
+    online_ipo     (h_w / |y_w| - h_l / |y_l| - 1 / (2 beta))^2
+    sppo           (h - (P - 1/2) / beta)^2 of both; P: how probably y beats the others
 
     python grpo.py                                       # the embedded world in tiny/: right answers, two minutes
     python grpo.py --method rloo --reward_model tiny/reward                               # the same, a reward model
@@ -435,9 +426,10 @@ def main(args: Args) -> None:
 
 
 # =================================================================================================================
-# The rest is plumbing, in the order in which main calls it: run folder, method, roles, data, rows, sampler, scoring.
+# The rest: maths that other scripts have above this line, the other methods, and plumbing in the order in which main
+# calls it: run folder, method, roles, data, rows, sampler, scoring.
 # =================================================================================================================
-# ---------------------------------------------------------------------------------------------------------- more maths
+# ------------------------------------------------------------------------------------------------------ more maths
 # Shapes: B responses, T response tokens. mask (B, T): 1 = a real token of the response (its end token included).
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     """Mean of x over the positions with mask 1; x, mask (B, T) -> scalar.
@@ -589,7 +581,7 @@ def chunked_logprobs(
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
-# ----------------------------------------------------------------------------------------------------------- constants
+# ------------------------------------------------------------------------------------------------------- constants
 HEAD_KEY = "base_model.model.score.weight"  # where AutoModelForSequenceClassification + PEFT look for a reward head
 FLAT_ROW_MODELS = ("llama", "qwen2", "qwen3", "mistral", "phi3", "smollm3", "gpt2", "gemma2", "gemma3_text")
 SIDE_BY_SIDE_MODELS = ("llama", "qwen2", "qwen3", "mistral", "phi3", "smollm3")  # the sampler's; without windows
@@ -610,7 +602,7 @@ TEXT_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"  # --cha
 GREEDY = 1e-4  # a temperature at which the sampler takes the most likely token
 
 
-# -------------------------------------------------------------------------------------------------------- more methods
+# ---------------------------------------------------------------------------------------------------- more methods
 def leave_one_out_advantages(rewards: Tensor, samples_per_prompt: int) -> Tensor:
     """A (B,) = R - mean of the prompt's other responses (Ahmadian et al. 2024, RLOO).
 
@@ -1842,17 +1834,16 @@ def greedy_rewards(lm: Any, rollout: Rollout, rewards: list[Reward], args: Any) 
 
 def preflight(model: Any, rollout: Rollout, old: Tensor, reference: Tensor, args: Any) -> None:
     """Checks on the first rollout that see what metrics hide for hours; a red one stops the run with its cause."""
-    limit, most_endless = 1e-4 if args.dtype == "float32" else 0.02, 0.95 if args.missing_eos_penalty else 1.0
+    limit, ends = 1e-4 if args.dtype == "float32" else 0.02, 0.95 if args.missing_eos_penalty else 1.0
     mask, rows = rollout.mask, rollout.minibatches[0]
     again, _ = role_logprobs(model, "policy", rows, mask, args)
-    ratio = max((torch.exp(again - old)[row.at] - 1).abs().max().item() for row in rows)
-    gap = masked_mean((old - rollout.sampler_logprobs).abs(), mask).item()
-    kl, endless = masked_mean(old - reference, mask).abs().item(), 1 - rollout.ended.mean().item()
+    ratio = max((torch.exp(again - old)[row.at] - 1).abs().max() for row in rows)
+    kl, gap = masked_mean(old - reference, mask).abs(), masked_mean((old - rollout.sampler_logprobs).abs(), mask)
     for name, value, most, cause in (
         ("kl at step 0", kl, limit, "the policy does not start as the reference"),
         ("ratio - 1 at step 0", ratio, limit, "two passes over the same tokens differ; is a dropout on?"),
         ("sampler against training pass", gap, limit, "is the KV cache dropped, or a layer's state not kept?"),
-        ("share without end", endless, most_endless, "raise --max_response_length or set --missing_eos_penalty 0"),
+        ("share without end", 1 - rollout.ended.mean(), ends, "raise --max_response_length or --missing_eos_penalty 0"),
     ):
         print(f"preflight: {'ok ' if value <= most else 'RED'} {name} {value:.3g} (limit {most:g})")
         check(value <= most, f"preflight: {name} is {value:.3g}, limit {most:g}: {cause}")

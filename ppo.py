@@ -1470,17 +1470,16 @@ def score(reward: Reward, rollout: Rollout, args: Any) -> Tensor:
 
 def preflight(model: Any, rollout: Rollout, old: Tensor, reference: Tensor, args: Any) -> None:
     """Checks on the first rollout that see what metrics hide for hours; a red one stops the run with its cause."""
-    limit, most_endless = 1e-4 if args.dtype == "float32" else 0.02, 0.95 if args.missing_eos_penalty else 1.0
+    limit, ends = 1e-4 if args.dtype == "float32" else 0.02, 0.95 if args.missing_eos_penalty else 1.0
     mask, rows = rollout.mask, rollout.minibatches[0]
     again, _ = role_logprobs(model, "policy", rows, mask, args)
-    ratio = max((torch.exp(again - old)[row.at] - 1).abs().max().item() for row in rows)
-    gap = masked_mean((old - rollout.sampler_logprobs).abs(), mask).item()
-    kl, endless = masked_mean(old - reference, mask).abs().item(), 1 - rollout.ended.mean().item()
+    ratio = max((torch.exp(again - old)[row.at] - 1).abs().max() for row in rows)
+    kl, gap = masked_mean(old - reference, mask).abs(), masked_mean((old - rollout.sampler_logprobs).abs(), mask)
     for name, value, most, cause in (
         ("kl at step 0", kl, limit, "the policy does not start as the reference"),
         ("ratio - 1 at step 0", ratio, limit, "two passes over the same tokens differ; is a dropout on?"),
         ("sampler against training pass", gap, limit, "is the KV cache dropped, or a layer's state not kept?"),
-        ("share without end", endless, most_endless, "raise --max_response_length or set --missing_eos_penalty 0"),
+        ("share without end", 1 - rollout.ended.mean(), ends, "raise --max_response_length or --missing_eos_penalty 0"),
     ):
         print(f"preflight: {'ok ' if value <= most else 'RED'} {name} {value:.3g} (limit {most:g})")
         check(value <= most, f"preflight: {name} is {value:.3g}, limit {most:g}: {cause}")
