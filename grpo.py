@@ -1182,10 +1182,8 @@ def load_function(spec: str) -> Callable:
     """The function that `file.py:function` names."""
     file, _, name = spec.rpartition(":")
     check(Path(file).is_file(), f"{spec}: no such file; expected file.py:function")
-    try:
+    with reading(f"{spec}: {file} can't be loaded"):
         function: Any = runpy.run_path(file).get(name)
-    except Exception as error:  # whatever the user's file raises
-        raise UserError(f"{spec}: {file} can't be loaded ({type(error).__name__}: {first_line(error)})") from error
     check(callable(function), f"{spec}: {file} has no function {name}")
     return function
 
