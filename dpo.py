@@ -339,7 +339,9 @@ class Preferences(NamedTuple):
     """S responses to the prompts of a flat row, P pairs (i better than j) of them, tables (S, T) of their tokens."""
 
     rows: list  # of Row: one; or one per response, for models that can't have several in a row
-    at: tuple[Tensor, Tensor]  # (n,), (n,): where the tables have the rows' supervised tokens
+    at: tuple[
+        Tensor, Tensor
+    ]  # (n,), (n,): which of the S responses, and which of its tokens; Row's counts in the batch
     mask: Tensor  # (S, T), 1 = a real token of the response, its end included
     ref_logprobs: Tensor  # (S, T), 0 where the loss has no reference
     better: Tensor  # (P,), index of i among the S
@@ -351,18 +353,18 @@ class Preferences(NamedTuple):
     prompt: Tensor  # (S,), number of the prompt
 
 
-def preference_loss(logprobs: Tensor, batch: Preferences, baseline: float, args: Any) -> Tensor:
+def preference_loss(logprobs: Tensor, pack: Preferences, baseline: float, args: Any) -> Tensor:
     """Log-probs (S, T) -> the loss --loss, summed over the prompts of a row; baseline: KL estimate (kto), mean reward
     (bco)."""
-    mask, beta, smoothing = batch.mask, args.beta, args.label_smoothing
+    mask, beta, smoothing = pack.mask, args.beta, args.label_smoothing
     logprobs, lengths = logprobs * mask, mask.sum(1)
-    log_ratios = logprobs - batch.ref_logprobs
+    log_ratios = logprobs - pack.ref_logprobs
     logprob, log_ratio = logprobs.sum(1), log_ratios.sum(1)
 
     def pick(x: Tensor) -> tuple[Tensor, Tensor]:  # of the better and of the worse response of each pair
-        return x.index_select(0, batch.better), x.index_select(0, batch.worse)
+        return x.index_select(0, pack.better), x.index_select(0, pack.worse)
 
-    (h_w, h_l), (n_w, n_l) = pick(log_ratio), pick(lengths)
+    (h_w, h_l), (n_w, n_l) = pick(log_ratio), pick(lengths)  # h: what the losses compare, the log-ratio or a form of it
     (logprob_w, logprob_l), (mean_w, mean_l) = pick(logprob), pick(logprob / lengths)
     if args.f_divergence != "reverse_kl":
         h_w, h_l = (divergence_score(h, args.f_divergence, args.f_alpha) for h in (h_w, h_l))
@@ -385,15 +387,15 @@ def preference_loss(logprobs: Tensor, batch: Preferences, baseline: float, args:
         "simpo": lambda: simpo_loss(mean_w, mean_l, beta, args.simpo_gamma, smoothing),
         "cpo": lambda: cpo_loss(logprob_w, logprob_l, beta, smoothing),
         "kto": lambda: kto_loss(
-            log_ratio, batch.wins, baseline, beta, args.desirable_weight, args.undesirable_weight
+            log_ratio, pack.wins, baseline, beta, args.desirable_weight, args.undesirable_weight
         ),
-        "sppo": lambda: 2 * batch.share * sppo_loss(log_ratio, batch.wins, beta),  # any K counts as a pair
-        "lipo": lambda: lipo_loss(beta * log_ratio, batch.wins, batch.prompt),
-        "plackett_luce": lambda: plackett_luce_loss(beta * log_ratio, batch.ranks, batch.prompt),
+        "sppo": lambda: 2 * pack.share * sppo_loss(log_ratio, pack.wins, beta),  # any K counts as a pair
+        "lipo": lambda: lipo_loss(beta * log_ratio, pack.wins, pack.prompt),
+        "plackett_luce": lambda: plackett_luce_loss(beta * log_ratio, pack.ranks, pack.prompt),
     }  # fmt: skip
-    weights = {"pairs": batch.weight, "labels": batch.share, "lists": torch.ones_like(batch.share)}
+    weights = {"pairs": pack.weight, "labels": pack.share, "lists": torch.ones_like(pack.share)}
     loss = (weights[LOSSES[args.loss].data] * losses[args.loss]()).sum()
-    return loss - args.nll_coef * (roles_in_pairs(batch, args)[0] * logprob / lengths).sum()
+    return loss - args.nll_coef * (roles_in_pairs(pack, args)[0] * logprob / lengths).sum()
 
 
 # --------------------------------------------------------------------------------------------------- the algorithm
@@ -407,7 +409,8 @@ def main(args: Args) -> None:
     model = add_adapter(model, "policy", adapter, args)
     if adapter:  # a bare base is its own reference, with the adapters off
         add_adapter(model, "reference", adapter, args)
-    args.gold_fn = args.gold_fn or (f"{TINY / 'annotator.py'}:gold" if args.dataset == Args.dataset else None)
+    tiny = Path(args.dataset).resolve().parent == TINY
+    args.gold_fn = args.gold_fn or (f"{TINY / 'annotator.py'}:gold" if tiny else None)
     gold = load_function(args.gold_fn) if args.gold_fn else None
     examples, held = load_data(COLUMNS, encode_example, tokenizer, stop_ids, run)
     check_positions(model, min(max(examples["length"]), args.max_prompt_length + args.max_response_length))
@@ -417,12 +420,12 @@ def main(args: Args) -> None:
     optimizer = make_optimizer(weights, args)
     total_steps = math.ceil(args.epochs * len(examples) / args.batch_size)
     total_steps = min(total_steps, args.max_steps or total_steps)
-    baseline = torch.zeros((), dtype=torch.float64)  # kto: an estimate of the KL; bco: the mean reward
+    baseline = torch.zeros((), dtype=torch.float64)  # kto: KL in nats; bco: mean reward. A tensor: checkpoints have it
 
     def judge() -> tuple[dict, dict]:
         """(metrics on held-out preferences, responses to held-out prompts)"""
         measured = measure_preferences(model, heldout, baseline.item(), run)
-        return measured, answer(model, tokenizer, stop_ids, prompts, gold, args) if prompts else {}
+        return measured, (answer(model, tokenizer, stop_ids, prompts, gold, args) if prompts else {})
 
     before, answers = judge()
     check_start(before, args)
@@ -436,18 +439,18 @@ def main(args: Args) -> None:
         if args.loss == "kto":
             baseline.fill_(mismatched_kl(model, batch, run))
         sums = torch.zeros(len(METRICS), 2, device=run.device)
-        for row in collate(batch[run.rank :: run.world], model, args):
+        for pack in collate(batch[run.rank :: run.world], model, args):
             # 2. log pi_ref
             if LOSSES[args.loss].reference:
                 with role(model, "reference"):
-                    row = row._replace(ref_logprobs=logprob_table(model, row))
+                    pack = pack._replace(ref_logprobs=logprob_table(model, pack))
 
             # 3. log pi_theta, the loss and its gradient, as the mean over the prompts of the whole batch
             with role(model, "policy", grad=True):
-                logprobs = logprob_table(model, row)
-                loss = preference_loss(logprobs, row, baseline.item(), args)
+                logprobs = logprob_table(model, pack)
+                loss = preference_loss(logprobs, pack, baseline.item(), args)
                 (loss / args.batch_size).backward()
-            sums += preference_sums(loss.detach(), logprobs.detach(), row, args)
+            sums += preference_sums(loss.detach(), logprobs.detach(), pack, args)
         metrics = {"step": step, **preference_metrics(sums, run)}
         metrics |= {"baseline": baseline.item()} if args.loss in ("kto", "bco") else {}
         if args.loss == "bco":  # the mean reward, as a moving average over batches
@@ -564,7 +567,7 @@ def apo_down_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
 def sppo_loss(log_ratio: Tensor, win_probability: Tensor, beta: float) -> Tensor:
     """sppo: (log-ratio - (p - 1/2) / beta)^2 per response (S,), p: the probability that it beats the policy's others.
 
-    Wu et al. 2024 (self-play preference optimisation), eq. 4.7, eta = 1 / beta. Offline, p is 1 or 0.
+    Wu et al. 2024 (self-play preference optimisation), eq. 4.7, eta = 1 / beta. Of two ranked responses, p is 1 or 0.
 
     >>> sppo_loss(torch.tensor([3.0, -5.0]), torch.tensor([1.0, 0.0]), 0.1)  # (3 - 5)^2, (-5 + 5)^2
     tensor([4., 0.])
@@ -1390,7 +1393,7 @@ def better_pairs(ranks: Sequence[float]) -> list[tuple[int, int]]:
 def heldout_prompts(heldout: list[dict], tokenizer: Any, run: Run) -> list[dict]:
     """Up to --eval_samples prompts to answer: those of the held-out preferences, for tiny's preferences its own."""
     args = run.args
-    if args.dataset == Args.dataset and not args.eval_dataset:
+    if Path(args.dataset).resolve().parent == TINY and not args.eval_dataset:
         rows = load_examples(str(TINY / "prompts_eval.jsonl"), ["prompt"], encode_rl, tokenizer, [], run)
         return take(rows, range(min(args.eval_samples, len(rows))))
     ones = {str(e["prompt"]): {"ids": e["group"][0], "prompt": e["prompt"], "columns": {}} for e in heldout}
@@ -1582,10 +1585,10 @@ def collate(examples: list[dict], model: Any, args: Any) -> list[Preferences]:
 
 
 # --------------------------------------------------------------------------------- log-probs, loss and metrics of a row
-def logprob_table(model: Any, batch: Preferences) -> Tensor:
+def logprob_table(model: Any, pack: Preferences) -> Tensor:
     """Log-probs (S, T) of the responses in the active role, 0 where there is no token."""
-    logprobs = torch.cat([token_logprobs(model, row)[0] for row in batch.rows])
-    return logprobs.new_zeros(batch.mask.shape).index_put(batch.at, logprobs)
+    logprobs = torch.cat([token_logprobs(model, row)[0] for row in pack.rows])
+    return logprobs.new_zeros(pack.mask.shape).index_put(pack.at, logprobs)
 
 
 def response_logprobs(model: Any, who: str, pairs: list[tuple[list[int], list[int]]], args: Any) -> Tensor:
@@ -1615,29 +1618,30 @@ def mismatched_kl(model: Any, batch: list[dict], run: Run) -> float:
     return max(total / n, 0.0) if n else 0.0
 
 
-def roles_in_pairs(batch: Preferences, args: Any) -> tuple[Tensor, Tensor]:
+def roles_in_pairs(pack: Preferences, args: Any) -> tuple[Tensor, Tensor]:
     """How much each response (S,) counts as a chosen one, and as a rejected one; each prompt counts 1 in all.
 
     With labels the liked ones are the chosen, the others the rejected.
     """
     if LOSSES[args.loss].data == "labels":
-        return batch.share * batch.wins, batch.share * (1 - batch.wins)
-    zeros = torch.zeros_like(batch.share)
-    return zeros.index_add(0, batch.better, batch.weight), zeros.index_add(0, batch.worse, batch.weight)
+        return pack.share * pack.wins, pack.share * (1 - pack.wins)
+    zeros = torch.zeros_like(pack.share)
+    return zeros.index_add(0, pack.better, pack.weight), zeros.index_add(0, pack.worse, pack.weight)
 
 
-def preference_sums(loss: Tensor, logprobs: Tensor, batch: Preferences, args: Any) -> Tensor:
-    """(M, 2): each of METRICS summed over the prompts of a row, and the weight of what was summed."""
-    lengths, logprob, responses = batch.mask.sum(1).float(), logprobs.sum(1), batch.share.sum()
+def preference_sums(loss: Tensor, logprobs: Tensor, pack: Preferences, args: Any) -> Tensor:
+    """(M, 2): each of METRICS summed over the prompts of a row, and the weight of what was summed. Rewards (so margin and
+    accuracy) are beta times the log-ratio, without a reference the log-prob, whatever the loss does with it."""
+    lengths, logprob, n_prompts = pack.mask.sum(1).float(), logprobs.sum(1), pack.share.sum()
     if LOSSES[args.loss].reference:
-        rewards = args.beta * (logprobs - batch.ref_logprobs).sum(1)
+        rewards = args.beta * (logprobs - pack.ref_logprobs).sum(1)
     else:  # simpo, orpo: the log-prob per token; cpo: the log-prob
         rewards = args.beta * logprob / (1 if args.loss == "cpo" else lengths)
-    d = (rewards[batch.better] - rewards[batch.worse]).round(decimals=5)  # what differs by rounding alone is tied
-    won = batch.weight @ torch.heaviside(d, torch.full_like(d, 0.5))
-    kl = batch.share @ (old_new_kl(logprobs, batch.ref_logprobs) * batch.mask).sum(1)
-    sums = [(loss, responses), (won, batch.weight.sum()), (kl, responses)]
-    for weights in roles_in_pairs(batch, args):
+    d = (rewards[pack.better] - rewards[pack.worse]).round(decimals=5)  # what differs by rounding alone is tied
+    won = pack.weight @ torch.heaviside(d, torch.full_like(d, 0.5))
+    kl = pack.share @ (old_new_kl(logprobs, pack.ref_logprobs) * pack.mask).sum(1)
+    sums = [(loss, n_prompts), (won, pack.weight.sum()), (kl, n_prompts)]
+    for weights in roles_in_pairs(pack, args):
         sums += [(weights @ x, weights.sum()) for x in (rewards, logprob, lengths)]
     return torch.stack([x for pair in sums for x in pair]).view(-1, 2)
 
@@ -1661,13 +1665,13 @@ def measure_preferences(model: Any, heldout: list[dict], baseline: float, run: R
     if run.args.loss == "kto":
         baseline = mismatched_kl(model, heldout, run)
     args, sums = run.args, torch.zeros(len(METRICS), 2, device=run.device)
-    for batch in tqdm(collate(heldout[run.rank :: run.world], model, args), desc="held out", leave=False, disable=None):
+    for pack in tqdm(collate(heldout[run.rank :: run.world], model, args), desc="held out", leave=False, disable=None):
         if LOSSES[args.loss].reference:
             with role(model, "reference"):
-                batch = batch._replace(ref_logprobs=logprob_table(model, batch))
+                pack = pack._replace(ref_logprobs=logprob_table(model, pack))
         with role(model, "policy"):
-            logprobs = logprob_table(model, batch)
-            sums += preference_sums(preference_loss(logprobs, batch, baseline, args), logprobs, batch, args)
+            logprobs = logprob_table(model, pack)
+            sums += preference_sums(preference_loss(logprobs, pack, baseline, args), logprobs, pack, args)
     return preference_metrics(sums, run)
 
 
@@ -1761,10 +1765,11 @@ def report(run: Run, prompts: list[dict], before: dict, after: dict) -> dict[str
     for name, result in (("sft", before), (run.stage, after)):
         run.add("samples.jsonl", sample_rows(prompts, result, name, run.total_steps))
         table[name] = {k: interval(x) for k, x in result.items() if k not in ("texts", "ended")}
-        table[name]["ended"] = wilson_interval(result["ended"].mean(), len(prompts))
+        ended = result["ended"].mean()
+        table[name]["ended"] = ended, *wilson_interval(ended, len(prompts))
     key = "gold" if "gold" in after else "score"
     known = ~np.isnan(after.get(key, math.nan) - before.get(key, math.nan))
-    if known.any():  # a judge may have declined them all
+    if known.any():  # there may be no judge, or it may have declined them all
         won = float((np.sign(after[key] - before[key])[known] / 2 + 0.5).mean())  # a tie counts half
         table[f"{key}_win_rate"] = (won, *wilson_interval(won, int(known.sum())))
     for i in range(min(3, len(prompts))):

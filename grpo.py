@@ -312,7 +312,8 @@ def main(args: Args) -> None:
     if adapter or args.sync_ref_every:  # a bare base that stays the reference is the model with the adapters off
         add_adapter(model, "reference", adapter, args)
     rewards = load_rewards(model, tokenizer, args)
-    args.gold_fn = args.gold_fn or (f"{TINY / 'annotator.py'}:gold" if args.dataset == Args.dataset else None)
+    tiny = Path(args.dataset).resolve().parent == TINY
+    args.gold_fn = args.gold_fn or (f"{TINY / 'annotator.py'}:gold" if tiny else None)
     gold = load_function(args.gold_fn) if args.gold_fn else None
     prompts, questions = load_prompts(model, tokenizer, run)
     lm = model, tokenizer, stop_ids
@@ -655,7 +656,7 @@ def cispo_loss(logprobs: Tensor, ratio: Tensor, advantages: Tensor, clip_low: fl
 def sppo_loss(log_ratio: Tensor, win_probability: Tensor, beta: float) -> Tensor:
     """sppo: (log-ratio - (p - 1/2) / beta)^2 per response (S,), p: the probability that it beats the policy's others.
 
-    Wu et al. 2024 (self-play preference optimisation), eq. 4.7, eta = 1 / beta. Offline, p is 1 or 0.
+    Wu et al. 2024 (self-play preference optimisation), eq. 4.7, eta = 1 / beta. Of two ranked responses, p is 1 or 0.
 
     >>> sppo_loss(torch.tensor([3.0, -5.0]), torch.tensor([1.0, 0.0]), 0.1)  # (3 - 5)^2, (-5 + 5)^2
     tensor([4., 0.])
@@ -1910,10 +1911,11 @@ def report(run: Run, prompts: list[dict], before: dict, after: dict) -> dict[str
     for name, result in (("sft", before), (run.stage, after)):
         run.add("samples.jsonl", sample_rows(prompts, result, name, run.total_steps))
         table[name] = {k: interval(x) for k, x in result.items() if k not in ("texts", "ended")}
-        table[name]["ended"] = wilson_interval(result["ended"].mean(), len(prompts))
+        ended = result["ended"].mean()
+        table[name]["ended"] = ended, *wilson_interval(ended, len(prompts))
     key = "gold" if "gold" in after else "score"
     known = ~np.isnan(after.get(key, math.nan) - before.get(key, math.nan))
-    if known.any():  # a judge may have declined them all
+    if known.any():  # there may be no judge, or it may have declined them all
         won = float((np.sign(after[key] - before[key])[known] / 2 + 0.5).mean())  # a tie counts half
         table[f"{key}_win_rate"] = (won, *wilson_interval(won, int(known.sum())))
     for i in range(min(3, len(prompts))):

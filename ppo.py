@@ -322,7 +322,8 @@ def main(args: Args) -> None:
         add_adapter(model, "reference", adapter, args)
     reward = load_reward(args.reward_fn or args.reward_model or str(TINY / "reward"), model, tokenizer, args)
     critic_head = add_critic(model, reward, adapter, args)
-    args.gold_fn = args.gold_fn or (f"{TINY / 'annotator.py'}:gold" if args.dataset == Args.dataset else None)
+    tiny = Path(args.dataset).resolve().parent == TINY
+    args.gold_fn = args.gold_fn or (f"{TINY / 'annotator.py'}:gold" if tiny else None)
     gold = load_function(args.gold_fn) if args.gold_fn else None
     prompts, questions = load_prompts(model, tokenizer, run)
     lm = model, tokenizer, stop_ids
@@ -1535,10 +1536,11 @@ def report(run: Run, prompts: list[dict], before: dict, after: dict) -> dict[str
     for name, result in (("sft", before), (run.stage, after)):
         run.add("samples.jsonl", sample_rows(prompts, result, name, run.total_steps))
         table[name] = {k: interval(x) for k, x in result.items() if k not in ("texts", "ended")}
-        table[name]["ended"] = wilson_interval(result["ended"].mean(), len(prompts))
+        ended = result["ended"].mean()
+        table[name]["ended"] = ended, *wilson_interval(ended, len(prompts))
     key = "gold" if "gold" in after else "score"
     known = ~np.isnan(after.get(key, math.nan) - before.get(key, math.nan))
-    if known.any():  # a judge may have declined them all
+    if known.any():  # there may be no judge, or it may have declined them all
         won = float((np.sign(after[key] - before[key])[known] / 2 + 0.5).mean())  # a tie counts half
         table[f"{key}_win_rate"] = (won, *wilson_interval(won, int(known.sum())))
     for i in range(min(3, len(prompts))):

@@ -1137,7 +1137,9 @@ def normalize_head(
     """Divide the head by the sd of its scores on (at most 1000) demonstrations: --normalize_dataset, tiny's SFT data,
     or without any the best response to each prompt; -> reward.json."""
     args, name = run.args, "best training responses"
-    source = args.normalize_dataset or (str(TINY / "sft.jsonl") if args.dataset == Args.dataset else None)
+    source = args.normalize_dataset or (
+        str(TINY / "sft.jsonl") if Path(args.dataset).resolve().parent == TINY else None
+    )
     if source:
         name, columns = Path(source).name, ["messages", "prompt + completion"]
         examples = load_examples(source, columns, encode_demonstration, tokenizer, stop_ids, run)

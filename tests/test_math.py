@@ -278,7 +278,7 @@ def test_the_closing_report_by_hand(capsys: pytest.CaptureFixture[str]) -> None:
     after = {"texts": ["b"] * 5, "gold": np.array([1.0, 2.0, 1.0, 1.0, 5.0]), "kl": np.ones(5), **shared}
     table = ppo.report(run, prompts, before, after)
     assert table["prompts"] == 5 and table["sft"]["gold"][0] == 1.0 and table["ppo"]["gold"][0] == 2.0
-    assert table["ppo"]["kl"] == (1.0, 1.0, 1.0) and table["sft"]["ended"] == ppo.wilson_interval(0.6, 5)
+    assert table["ppo"]["kl"] == (1.0, 1.0, 1.0) and table["sft"]["ended"] == (0.6, *ppo.wilson_interval(0.6, 5))
     assert table["gold_win_rate"] == (0.625, *ppo.wilson_interval(0.625, 4))
     assert [row["model"] for row in written] == ["sft"] * 5 + ["ppo"] * 5
     assert [row["finish_reason"] for row in written[:5]] == ["stop"] * 3 + ["length"] * 2
