@@ -1630,8 +1630,11 @@ def roles_in_pairs(pack: Preferences, args: Any) -> tuple[Tensor, Tensor]:
 
 
 def preference_sums(loss: Tensor, logprobs: Tensor, pack: Preferences, args: Any) -> Tensor:
-    """(M, 2): each of METRICS summed over the prompts of a row, and the weight of what was summed. Rewards, and with them
-    margin and accuracy, are beta times the log-ratio (no reference: the log-prob), whatever the loss makes of it."""
+    """(M, 2): each of METRICS summed over the prompts of a row, and the weight of what was summed.
+
+    Rewards, and with them margin and accuracy, are beta times the log-ratio (no reference: the log-prob), whatever the
+    loss makes of it.
+    """
     lengths, logprob, n_prompts = pack.mask.sum(1).float(), logprobs.sum(1), pack.share.sum()
     if LOSSES[args.loss].reference:
         rewards = args.beta * (logprobs - pack.ref_logprobs).sum(1)
