@@ -299,7 +299,7 @@ def token_losses(
 def main(args: Args) -> None:
     """GRPO and its family (grpo.py)."""
     run = Run(args, "grpo", ("score", "gold", "kl", "entropy", "response_length", "flat"))
-    method: Any = settle_method(args, run.world)
+    method: Any = settle_method(args, run.world)  # args again, no flag of the method None any more
     g, n_prompts = args.samples_per_prompt, args.batch_size // args.samples_per_prompt
     pairwise = args.method in PAIR_METHODS
     has_reference = pairwise or args.kl != "none"  # in rewards or loss

@@ -31,8 +31,9 @@ def check_gold_rises(folder: Path) -> None:
     assert result["ppo"]["gold"][0] == pytest.approx(after.mean()) and result["gold_win_rate"][1] > 0.5
 
 
-def test_bare_ppo_raises_gold(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    ppo.main(ppo.Args(**ppo.TINY_SETTINGS, output_dir=str(tmp_path / "ppo")))
+def test_ppo_raises_gold(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A dozen steps are enough to see it; whole runs with three seeds are slow tests."""
+    ppo.main(ppo.Args(**ppo.TINY_SETTINGS, max_steps=12, output_dir=str(tmp_path / "ppo")))
     check_gold_rises(tmp_path / "ppo")
     printed = capsys.readouterr().out
     for label in ("gold ", "gold win-rate over SFT", "kl ", "length ", "entropy ", "ended ", "preflight: ok"):
