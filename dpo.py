@@ -369,9 +369,8 @@ def preference_loss(logprobs: Tensor, pack: Preferences, baseline: float, args: 
     if args.f_divergence != "reverse_kl":
         h_w, h_l = (divergence_score(h, args.f_divergence, args.f_alpha) for h in (h_w, h_l))
     if args.loss == "ld":
-        (tokens_w, tokens_l), (mask_w, mask_l), shorter = pick(log_ratios), pick(mask), torch.minimum(n_w, n_l)
-        h_w = length_desensitised(tokens_w, mask_w, shorter, args.ld_alpha)
-        h_l = length_desensitised(tokens_l, mask_l, shorter, args.ld_alpha)
+        shorter, tables = torch.minimum(n_w, n_l), zip(pick(log_ratios), pick(mask), strict=True)
+        h_w, h_l = (length_desensitised(x, m, shorter, args.ld_alpha) for x, m in tables)
     losses: dict[str, Callable[[], Tensor]] = {
         "sigmoid": lambda: dpo_loss(h_w, h_l, beta, smoothing),
         "robust": lambda: robust_loss(h_w, h_l, beta, smoothing),
@@ -386,9 +385,7 @@ def preference_loss(logprobs: Tensor, pack: Preferences, baseline: float, args: 
         "orpo": lambda: orpo_loss(mean_w, mean_l, beta),
         "simpo": lambda: simpo_loss(mean_w, mean_l, beta, args.simpo_gamma, smoothing),
         "cpo": lambda: cpo_loss(logprob_w, logprob_l, beta, smoothing),
-        "kto": lambda: kto_loss(
-            log_ratio, pack.wins, baseline, beta, args.desirable_weight, args.undesirable_weight
-        ),
+        "kto": lambda: kto_loss(log_ratio, pack.wins, baseline, beta, args.desirable_weight, args.undesirable_weight),
         "sppo": lambda: 2 * pack.share * sppo_loss(log_ratio, pack.wins, beta),  # any K counts as a pair
         "lipo": lambda: lipo_loss(beta * log_ratio, pack.wins, pack.prompt),
         "plackett_luce": lambda: plackett_luce_loss(beta * log_ratio, pack.ranks, pack.prompt),
@@ -412,7 +409,9 @@ def main(args: Args) -> None:
     tiny = Path(args.dataset).resolve().parent == TINY
     args.gold_fn = args.gold_fn or (f"{TINY / 'annotator.py'}:gold" if tiny else None)
     gold = load_function(args.gold_fn) if args.gold_fn else None
-    examples, held = load_data(COLUMNS, encode_example, tokenizer, stop_ids, run)
+    kind = "prompt + completion + label" if LOSSES[args.loss].data == "labels" else "prompt + responses + ranks"
+    columns = ["prompt + chosen + rejected", "chosen + rejected", kind]
+    examples, held = load_data(columns, encode_example, tokenizer, stop_ids, run)
     check_positions(model, min(max(examples["length"]), args.max_prompt_length + args.max_response_length))
     heldout = take(held, range(len(held)))
     prompts = heldout_prompts(heldout, tokenizer, run)
@@ -479,9 +478,6 @@ def main(args: Args) -> None:
 # =================================================================================================================
 # The rest is plumbing, in the order in which main calls it: more losses, run folder, roles, data, rows, evaluation.
 # =================================================================================================================
-COLUMNS = [
-    "prompt + chosen + rejected", "chosen + rejected", "prompt + responses + ranks", "prompt + completion + label",
-]  # fmt: skip
 CURVES = ("loss", "accuracy", "margin", "chosen_logprob", "rejected_logprob", "heldout_accuracy", "heldout_gold")
 SMOOTHED = ("sigmoid", "robust", "simpo", "cpo")  # losses with --label_smoothing
 DIVERGENT = ("sigmoid", "robust", "hinge", "rdpo")  # losses with --f_divergence: those of a difference of rewards
@@ -696,7 +692,6 @@ def settle_loss(args: Args) -> None:
     kind, loss, smoothing = LOSSES[args.loss], f"--loss {args.loss}", args.label_smoothing
     args.beta = kind.beta if args.beta is None else args.beta
     args.nll_coef = kind.nll_coef if args.nll_coef is None else args.nll_coef
-    check(args.beta > 0, f"--beta {args.beta}: must be above 0")
     check(args.lora_r != 0, "--lora_r 0: DPO trains LoRA adapters only; use a rank of at least 1")
     smoothed = args.loss in SMOOTHED or not smoothing
     check(smoothed, f"--label_smoothing has no part in {loss}, but in {', '.join(SMOOTHED)}")
@@ -1290,95 +1285,73 @@ def split_dialogue(value: Any) -> Any:
     return [{"role": names[name], "content": text.strip()} for name, text in turns]
 
 
-def read_pair(row: dict, tokenizer: Any) -> tuple[list[dict], list[str]]:
-    """(prompt as messages, [chosen, rejected]). A side is a text, messages that go on from the prompt, or a whole
-    dialogue; all its turns but the last belong to the prompt, and must be the same on both sides."""
-    prompt, sides = [], []
-    if row.get("prompt") is not None:
-        prompt = to_messages(row, row["prompt"], tokenizer)
+def read_pair(row: dict, tokenizer: Any) -> list[list[dict]]:
+    """The dialogues [chosen, rejected]. A side is a text, messages that go on from the prompt, or a whole dialogue, in
+    which a prompt that is a string may be any turn."""
+    prompt = [] if row.get("prompt") is None else to_messages(row, row["prompt"], tokenizer)
+    dialogues = []
     for value in (row["chosen"], row["rejected"]):
-        if prompt and isinstance(value, str):
-            value = [{"role": "assistant", "content": value}]
-        turns = to_messages({}, split_dialogue(value), tokenizer)
-        goes_on = turns[0]["role"] == "assistant"
-        turns = [*prompt, *turns] if goes_on else to_messages(row, turns, tokenizer)
-        whole = isinstance(row.get("prompt"), str) and prompt[-1] in turns  # a string may be any turn of the dialogue
-        if turns[: len(prompt)] != prompt and not whole:
+        side = [{"role": "assistant", "content": value}] if prompt and isinstance(value, str) else split_dialogue(value)
+        turns = to_messages({}, side, tokenizer)
+        turns = [*prompt, *turns] if turns[0]["role"] == "assistant" else to_messages(row, turns, tokenizer)
+        if turns[: len(prompt)] != prompt and not (isinstance(row["prompt"], str) and prompt[-1] in turns):
             raise BadRow("`chosen` or `rejected` neither goes on from `prompt` nor has it in it")
-        if turns[-1]["role"] != "assistant":
-            raise BadRow("no dialogue that ends with an assistant turn")
-        sides.append(turns)
-    if sides[0][:-1] != sides[1][:-1]:
-        raise BadRow("pair with differing prompts")
-    if sides[0] == sides[1]:
+        dialogues.append(turns)
+    if dialogues[0] == dialogues[1]:
         raise BadRow("identical pair")
-    return sides[0][:-1], [turns[-1]["content"] for turns in sides]
+    return dialogues
 
 
-def encode_group(messages: list[dict], texts: list[str], tokenizer: Any, stop_ids: list[int], args: Any) -> Group:
-    """A prompt and the responses to it as token ids; BadRow where one is too long."""
-    prompts, responses = [], []
-    for text in texts:
-        turns = to_messages({}, [*messages, {"role": "assistant", "content": text}], tokenizer)
-        ((ids, mask),) = encode_conversation(tokenizer, turns, stop_ids, last_turn_only=True)
+def encode_group(dialogues: list[list[dict]], tokenizer: Any, stop_ids: list[int], args: Any) -> dict:
+    """Dialogues whose last turns are the responses to one prompt -> {"group": (prompt ids, ids of each response),
+    "texts", "prompt" (a string if it is one user message), "key", "length"}; BadRow where one is too long."""
+    if any(turns[-1]["role"] != "assistant" for turns in dialogues):
+        raise BadRow("no dialogue that ends with an assistant turn")
+    messages, prompts, responses = dialogues[0][:-1], [], []
+    if any(turns[:-1] != messages for turns in dialogues):
+        raise BadRow("pair with differing prompts")
+    for turns in dialogues:
+        checked = to_messages({}, turns, tokenizer)
+        ((ids, mask),) = encode_conversation(tokenizer, checked, stop_ids, last_turn_only=True)
         prompts.append(ids[: mask.index(1)])
         responses.append(ids[mask.index(1) :])
     if any(prompt != prompts[0] for prompt in prompts):
         raise BadRow("chat template: the prompt depends on the response")
     if len(prompts[0]) > args.max_prompt_length or max(map(len, responses)) > args.max_response_length:
         raise BadRow(f"prompt over {args.max_prompt_length} or response over {args.max_response_length} tokens")
-    return prompts[0], responses
+    prompt, texts = messages[0]["content"] if len(messages) == 1 else messages, [t[-1]["content"] for t in dialogues]
+    key = json.dumps([m for m in messages if m["role"] != "system"][:1])
+    length = len(prompts[0]) + sum(map(len, responses))
+    return {"group": (prompts[0], responses), "texts": texts, "prompt": prompt, "key": key, "length": length}
 
 
 def encode_preference(row: dict, tokenizer: Any, stop_ids: list[int], args: Any) -> list[dict]:
-    """One row -> [{"group", "ranks", "margin", and what describe says}]."""
+    """One row -> [{"ranks", "margin", and what encode_group gives}]."""
     if row.get("chosen") is not None and row.get("rejected") is not None:
-        (messages, texts), ranks = read_pair(row, tokenizer), [1, 2]
+        dialogues, ranks = read_pair(row, tokenizer), [1, 2]
     else:
         messages, texts, ranks = to_messages(row, row["prompt"], tokenizer), row["responses"], row["ranks"]
         if not isinstance(texts, list) or not isinstance(ranks, list) or len(texts) != len(ranks):
             raise BadRow("responses and ranks are no lists of one length")
+        dialogues = [[*messages, {"role": "assistant", "content": text}] for text in texts]
     margin = row.get("margin") or 0.0
     if not all(isinstance(number, int | float) and math.isfinite(number) for number in (margin, *ranks)):
         raise BadRow("a rank or the margin is no number")
     if not better_pairs(ranks):
         raise BadRow("no response is ranked above another")
-    return [{**describe(messages, texts, tokenizer, stop_ids, args), "ranks": ranks, "margin": float(margin)}]
+    return [{**encode_group(dialogues, tokenizer, stop_ids, args), "ranks": ranks, "margin": float(margin)}]
 
 
-def describe(messages: list[dict], texts: list[str], *how: Any) -> dict:
-    """What examples of every kind have: "group", "texts", "prompt" (a string if it is one user message), "key",
-    "length"; `how`: as encode_group takes it."""
-    group, users = encode_group(messages, texts, *how), [m for m in messages if m["role"] != "system"]
-    prompt, length = messages[0]["content"] if len(messages) == 1 else messages, len(group[0]) + sum(map(len, group[1]))
-    return {"group": group, "texts": texts, "prompt": prompt, "key": json.dumps(users[:1]), "length": length}
-
-
-def encode_label(row: dict, tokenizer: Any, *how: Any) -> list[dict]:
-    """One row with a single labelled response -> [{..., "ranks": [1], "wins": [label]}]."""
-    answer = row["completion"]
+def encode_example(row: dict, tokenizer: Any, stop_ids: list[int], args: Any) -> list[dict]:
+    """One row -> what encode_preference gives, or where --loss takes labels one response with "wins": [label]."""
+    if LOSSES[args.loss].data != "labels" or (row.get("chosen") is not None and row.get("rejected") is not None):
+        return encode_preference(row, tokenizer, stop_ids, args)
     if row["label"] not in (0, 1):
         raise BadRow("the label is neither 0 nor 1", repr(row["label"])[:40])
+    answer = row["completion"]
     answer = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
-    messages = [*to_messages(row, row["prompt"], tokenizer), *to_messages({}, answer, tokenizer)]
-    if messages[-1]["role"] != "assistant":
-        raise BadRow("no dialogue that ends with an assistant turn")
-    example = describe(messages[:-1], [messages[-1]["content"]], tokenizer, *how)
-    return [{**example, "ranks": [1], "wins": [float(row["label"])]}]
-
-
-def encode_example(row: dict, *how: Any) -> list[dict]:
-    """One row of any of the column sets, if --loss can learn from it."""
-    given = {name for name, value in row.items() if value is not None}
-    labels = LOSSES[how[-1].loss].data == "labels"
-    if not ({"chosen", "rejected"} <= given or {"responses", "ranks"} <= given):
-        if not labels:
-            raise BadRow("one labelled response, which --loss kto learns from")
-        return encode_label(row, *how)
-    examples = encode_preference(row, *how)
-    if labels and len(examples[0]["ranks"]) > 2:
-        raise BadRow("a ranking of more than two, which --loss plackett_luce, lipo, sppo or those of pairs learn from")
-    return examples
+    turns = [*to_messages(row, row["prompt"], tokenizer), *to_messages({}, answer, tokenizer)]
+    return [{**encode_group([turns], tokenizer, stop_ids, args), "ranks": [1], "wins": [float(row["label"])]}]
 
 
 def better_pairs(ranks: Sequence[float]) -> list[tuple[int, int]]:
@@ -1539,14 +1512,10 @@ def token_logprobs(
 def preference_passes(examples: list[dict], model: Any, args: Any) -> list[tuple[list[dict], list[Row]]]:
     """Examples in passes that hold all responses of their prompts: one row of some prompts each, or where prompts can't
     share a row the rows of one prompt."""
-    prompts: list[list[int]] = []
-    responses: list[list[int]] = []
-    groups: list[list[int]] = []
-    for ids, ys in (e["group"] for e in examples):
-        groups.append(list(range(len(responses), len(responses) + len(ys))))
-        prompts += [ids] * len(ys)
-        responses += ys
-    owners = {i: k for k, group in enumerate(groups) for i in group}
+    owners = [k for k, e in enumerate(examples) for _ in e["group"][1]]  # of the responses
+    prompts, responses = [examples[k]["group"][0] for k in owners], [y for e in examples for y in e["group"][1]]
+    numbers = iter(range(len(owners)))
+    groups = [[next(numbers) for _ in e["group"][1]] for e in examples]
     if model.config.model_type not in FLAT_ROW_MODELS:
         return [([e], flat_rows([g], prompts, responses, model, 0)) for e, g in zip(examples, groups, strict=True)]
     rows = flat_rows(groups, prompts, responses, model, args.tokens_per_batch)
@@ -1732,10 +1701,8 @@ def compare_preferences(before: dict, after: dict, n: int, args: Any) -> dict[st
         print(f"{name:26}{cells[0]:>28}{cells[1]:>28}")
     fall = before["chosen_logprob"] - after["chosen_logprob"]
     if args.loss != "apo_down" and fall > 0.1 * abs(before["chosen_logprob"]):
-        print(
-            f"warning: the chosen responses lost {fall:.1f} nats of log-prob. A margin also grows when both fall, "
-            "and the mass goes to text that nobody ranked; --nll_coef 1 (RPO), nca or a larger --beta hold it"
-        )
+        remedy = "--nll_coef 1 (RPO), nca or a larger --beta hold it"  # the mass goes to text that nobody ranked
+        print(f"warning: the chosen responses lost {fall:.1f} nats of log-prob; a margin grows so, too; {remedy}")
     return table
 
 

@@ -320,9 +320,11 @@ def main(args: Args) -> None:
     model = add_adapter(model, "policy", adapter, args)
     if adapter:  # a bare base is its own reference, with the adapters off
         add_adapter(model, "reference", adapter, args)
-    reward = load_reward(args.reward_fn or args.reward_model or str(TINY / "reward"), model, tokenizer, args)
-    critic_head = add_critic(model, reward, adapter, args)
     tiny = Path(args.dataset).resolve().parent == TINY
+    source = args.reward_fn or args.reward_model or (str(TINY / "reward") if tiny else "")
+    check(source, "what is a good response? Give --reward_model or --reward_fn")
+    reward = load_reward(source, model, tokenizer, args)
+    critic_head = add_critic(model, reward, adapter, args)
     args.gold_fn = args.gold_fn or (f"{TINY / 'annotator.py'}:gold" if tiny else None)
     gold = load_function(args.gold_fn) if args.gold_fn else None
     prompts, questions = load_prompts(model, tokenizer, run)
@@ -334,7 +336,7 @@ def main(args: Args) -> None:
     total_steps = math.ceil(args.epochs * len(prompts) / n_prompts)
     total_steps = min(total_steps, args.max_steps or total_steps)
     surrogates = {"clip": (clipped_policy_loss, args.clip_range), "penalty": (penalty_policy_loss, args.penalty_coef)}
-    surrogate, bound = surrogates[args.policy_loss]
+    surrogate, coefficient = surrogates[args.policy_loss]
 
     def scored(rollout: Rollout) -> dict[str, Tensor]:
         return {"score": score(reward, rollout, args)}
@@ -354,8 +356,9 @@ def main(args: Args) -> None:
 
         # 2. Score: R at the last token; log pi_old, log pi_ref and V at every token
         scores = score(reward, rollout, args)
-        check(not scores.isnan().all(), f"{reward.name} returned None for every response")
-        scores = torch.where(scores.isnan(), scores.nanmean(), scores)
+        total, known = run.total(scores.nansum().item(), (~scores.isnan()).sum().item())
+        check(known, f"{reward.name} returned None for every response")
+        scores = torch.where(scores.isnan(), total / known, scores)  # None: neither good nor bad
         old_logprobs, entropy = role_logprobs(model, "policy", rows, mask, args)
         ref_logprobs, _ = role_logprobs(model, "reference", rows, mask, args)
         (old_values,) = role_tables(model, "critic", rows, mask, lambda row: [values_of(model, critic_head, row)])
@@ -377,12 +380,12 @@ def main(args: Args) -> None:
         for number in np.concatenate([shuffle.permutation(args.minibatches) for _ in range(args.ppo_epochs)]):
             minibatch = rollout.minibatches[number]
             (n_tokens,) = run.total(sum(len(row.targets) for row in minibatch))
-            sums = torch.zeros(4, device=run.device)  # loss, clipped, KL(old, new), value loss
+            sums = torch.zeros(4, device=run.device)  # loss, ratios out of range, KL(old, new), value loss
             with role(model, "policy", grad=True):
                 for row in minibatch:
                     logprobs, entropies = token_logprobs(model, row, args.temperature, args.entropy_coef != 0)
                     old = old_logprobs[row.at]
-                    losses = surrogate(logprobs, old, advantages[row.at], bound) - args.entropy_coef * entropies
+                    losses = surrogate(logprobs, old, advantages[row.at], coefficient) - args.entropy_coef * entropies
                     loss = losses.sum() / n_tokens
                     loss.backward()
                     logprobs = logprobs.detach()

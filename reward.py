@@ -869,68 +869,61 @@ def split_dialogue(value: Any) -> Any:
     return [{"role": names[name], "content": text.strip()} for name, text in turns]
 
 
-def read_pair(row: dict, tokenizer: Any) -> tuple[list[dict], list[str]]:
-    """(prompt as messages, [chosen, rejected]). A side is a text, messages that go on from the prompt, or a whole
-    dialogue; all its turns but the last belong to the prompt, and must be the same on both sides."""
-    prompt, sides = [], []
-    if row.get("prompt") is not None:
-        prompt = to_messages(row, row["prompt"], tokenizer)
+def read_pair(row: dict, tokenizer: Any) -> list[list[dict]]:
+    """The dialogues [chosen, rejected]. A side is a text, messages that go on from the prompt, or a whole dialogue, in
+    which a prompt that is a string may be any turn."""
+    prompt = [] if row.get("prompt") is None else to_messages(row, row["prompt"], tokenizer)
+    dialogues = []
     for value in (row["chosen"], row["rejected"]):
-        if prompt and isinstance(value, str):
-            value = [{"role": "assistant", "content": value}]
-        turns = to_messages({}, split_dialogue(value), tokenizer)
-        goes_on = turns[0]["role"] == "assistant"
-        turns = [*prompt, *turns] if goes_on else to_messages(row, turns, tokenizer)
-        whole = isinstance(row.get("prompt"), str) and prompt[-1] in turns  # a string may be any turn of the dialogue
-        if turns[: len(prompt)] != prompt and not whole:
+        side = [{"role": "assistant", "content": value}] if prompt and isinstance(value, str) else split_dialogue(value)
+        turns = to_messages({}, side, tokenizer)
+        turns = [*prompt, *turns] if turns[0]["role"] == "assistant" else to_messages(row, turns, tokenizer)
+        if turns[: len(prompt)] != prompt and not (isinstance(row["prompt"], str) and prompt[-1] in turns):
             raise BadRow("`chosen` or `rejected` neither goes on from `prompt` nor has it in it")
-        if turns[-1]["role"] != "assistant":
-            raise BadRow("no dialogue that ends with an assistant turn")
-        sides.append(turns)
-    if sides[0][:-1] != sides[1][:-1]:
-        raise BadRow("pair with differing prompts")
-    if sides[0] == sides[1]:
+        dialogues.append(turns)
+    if dialogues[0] == dialogues[1]:
         raise BadRow("identical pair")
-    return sides[0][:-1], [turns[-1]["content"] for turns in sides]
+    return dialogues
 
 
-def encode_group(messages: list[dict], texts: list[str], tokenizer: Any, stop_ids: list[int], args: Any) -> Group:
-    """A prompt and the responses to it as token ids; BadRow where one is too long."""
-    prompts, responses = [], []
-    for text in texts:
-        turns = to_messages({}, [*messages, {"role": "assistant", "content": text}], tokenizer)
-        ((ids, mask),) = encode_conversation(tokenizer, turns, stop_ids, last_turn_only=True)
+def encode_group(dialogues: list[list[dict]], tokenizer: Any, stop_ids: list[int], args: Any) -> dict:
+    """Dialogues whose last turns are the responses to one prompt -> {"group": (prompt ids, ids of each response),
+    "texts", "prompt" (a string if it is one user message), "key", "length"}; BadRow where one is too long."""
+    if any(turns[-1]["role"] != "assistant" for turns in dialogues):
+        raise BadRow("no dialogue that ends with an assistant turn")
+    messages, prompts, responses = dialogues[0][:-1], [], []
+    if any(turns[:-1] != messages for turns in dialogues):
+        raise BadRow("pair with differing prompts")
+    for turns in dialogues:
+        checked = to_messages({}, turns, tokenizer)
+        ((ids, mask),) = encode_conversation(tokenizer, checked, stop_ids, last_turn_only=True)
         prompts.append(ids[: mask.index(1)])
         responses.append(ids[mask.index(1) :])
     if any(prompt != prompts[0] for prompt in prompts):
         raise BadRow("chat template: the prompt depends on the response")
     if len(prompts[0]) > args.max_prompt_length or max(map(len, responses)) > args.max_response_length:
         raise BadRow(f"prompt over {args.max_prompt_length} or response over {args.max_response_length} tokens")
-    return prompts[0], responses
+    prompt, texts = messages[0]["content"] if len(messages) == 1 else messages, [t[-1]["content"] for t in dialogues]
+    key = json.dumps([m for m in messages if m["role"] != "system"][:1])
+    length = len(prompts[0]) + sum(map(len, responses))
+    return {"group": (prompts[0], responses), "texts": texts, "prompt": prompt, "key": key, "length": length}
 
 
 def encode_preference(row: dict, tokenizer: Any, stop_ids: list[int], args: Any) -> list[dict]:
-    """One row -> [{"group", "ranks", "margin", and what describe says}]."""
+    """One row -> [{"ranks", "margin", and what encode_group gives}]."""
     if row.get("chosen") is not None and row.get("rejected") is not None:
-        (messages, texts), ranks = read_pair(row, tokenizer), [1, 2]
+        dialogues, ranks = read_pair(row, tokenizer), [1, 2]
     else:
         messages, texts, ranks = to_messages(row, row["prompt"], tokenizer), row["responses"], row["ranks"]
         if not isinstance(texts, list) or not isinstance(ranks, list) or len(texts) != len(ranks):
             raise BadRow("responses and ranks are no lists of one length")
+        dialogues = [[*messages, {"role": "assistant", "content": text}] for text in texts]
     margin = row.get("margin") or 0.0
     if not all(isinstance(number, int | float) and math.isfinite(number) for number in (margin, *ranks)):
         raise BadRow("a rank or the margin is no number")
     if not better_pairs(ranks):
         raise BadRow("no response is ranked above another")
-    return [{**describe(messages, texts, tokenizer, stop_ids, args), "ranks": ranks, "margin": float(margin)}]
-
-
-def describe(messages: list[dict], texts: list[str], *how: Any) -> dict:
-    """What examples of every kind have: "group", "texts", "prompt" (a string if it is one user message), "key",
-    "length"; `how`: as encode_group takes it."""
-    group, users = encode_group(messages, texts, *how), [m for m in messages if m["role"] != "system"]
-    prompt, length = messages[0]["content"] if len(messages) == 1 else messages, len(group[0]) + sum(map(len, group[1]))
-    return {"group": group, "texts": texts, "prompt": prompt, "key": json.dumps(users[:1]), "length": length}
+    return [{**encode_group(dialogues, tokenizer, stop_ids, args), "ranks": ranks, "margin": float(margin)}]
 
 
 def encode_comparison(row: dict, *how: Any) -> list[dict]:
@@ -945,10 +938,7 @@ def encode_demonstration(row: dict, tokenizer: Any, stop_ids: list[int], args: A
         answer = row["completion"]
         answer = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
         messages = [*to_messages(row, row["prompt"], tokenizer), *to_messages({}, answer, tokenizer)]
-    messages = to_messages(row, messages, tokenizer)
-    if messages[-1]["role"] != "assistant":
-        raise BadRow("no dialogue that ends with an assistant turn")
-    return [describe(messages[:-1], [messages[-1]["content"]], tokenizer, stop_ids, args)]
+    return [encode_group([to_messages(row, messages, tokenizer)], tokenizer, stop_ids, args)]
 
 
 def better_pairs(ranks: Sequence[float]) -> list[tuple[int, int]]:
@@ -1099,14 +1089,10 @@ def lm_logits(model: Any, hidden: Tensor) -> Tensor:
 def preference_passes(examples: list[dict], model: Any, args: Any) -> list[tuple[list[dict], list[Row]]]:
     """Examples in passes that hold all responses of their prompts: one row of some prompts each, or where prompts can't
     share a row the rows of one prompt."""
-    prompts: list[list[int]] = []
-    responses: list[list[int]] = []
-    groups: list[list[int]] = []
-    for ids, ys in (e["group"] for e in examples):
-        groups.append(list(range(len(responses), len(responses) + len(ys))))
-        prompts += [ids] * len(ys)
-        responses += ys
-    owners = {i: k for k, group in enumerate(groups) for i in group}
+    owners = [k for k, e in enumerate(examples) for _ in e["group"][1]]  # of the responses
+    prompts, responses = [examples[k]["group"][0] for k in owners], [y for e in examples for y in e["group"][1]]
+    numbers = iter(range(len(owners)))
+    groups = [[next(numbers) for _ in e["group"][1]] for e in examples]
     if model.config.model_type not in FLAT_ROW_MODELS:
         return [([e], flat_rows([g], prompts, responses, model, 0)) for e, g in zip(examples, groups, strict=True)]
     rows = flat_rows(groups, prompts, responses, model, args.tokens_per_batch)

@@ -30,7 +30,7 @@ def make_args(loss: str, **flags: Any) -> dpo.Args:
 
 
 def make_example(prompt: list[int], responses: list[list[int]], ranks: list, wins: list[float] | None = None) -> dict:
-    """An encoded example as encode_preference or encode_label (with wins) gives it."""
+    """An encoded example as encode_example gives it, with wins for labels."""
     example: dict = {"group": (prompt, responses), "ranks": ranks, "key": str(prompt)}
     return example if wins is None else {**example, "wins": wins}
 

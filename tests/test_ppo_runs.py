@@ -606,6 +606,7 @@ def test_every_flag_runs(flags: dict, run_ppo: Run, world: Path, base: Path, rew
         ({"model": "base", "lora_target_modules": ["lm_head"]}, ["--lora_target_modules lm_head"]),
         ({"model": "base", "lora_target_modules": ["nothing"]}, ["adapter policy"]),
         ({"reward_fn": "here.py:f", "reward_model": "there"}, ["--reward_fn and --reward_model"]),
+        ({"reward_model": None, "reward_fn": None}, ["what is a good response? Give --reward_model or --reward_fn"]),
         ({"batch_size": 9}, ["--batch_size 9", "--samples_per_prompt 2"]),
         ({"minibatches": 16}, ["--batch_size 8", "--minibatches"]),
         ({"eval_size": 0.0}, ["--eval_size 0.0"]),

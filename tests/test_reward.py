@@ -400,7 +400,7 @@ def test_length_rule_on_real_pairs_is_the_published_number(name: str, loaded: Lo
     expected = json.loads((HH.parent / "expected_dev.json").read_text())["hh_rlhf"][name]["length_only_chars"]
     rows = []
     for row in read_jsonl(HH / f"{name}_test_dev.jsonl"):
-        _, texts = reward.read_pair(row, loaded[2])
+        texts = [turns[-1]["content"] for turns in reward.read_pair(row, loaded[2])]
         rows.append({"chosen_length": len(texts[0]), "rejected_length": len(texts[1])})
     share = reward.share_won(rows, "length")
     assert share == pytest.approx(expected["accuracy_ties_half"], abs=1e-9)
