@@ -207,7 +207,7 @@ class Args:
 # ------------------------------------------------------------------------------------------------------- the maths
 # B responses, T response tokens; mask (B, T): 1 = a real token of the response (its end token included).
 # P prompts with G responses each: B = P * G in that order. A reward that nobody knows is NaN: the response gets
-# advantage 0 and has no part in any baseline. `total` adds sums up over processes.
+# advantage 0 and has no part in any baseline.
 def group_advantages(rewards: Tensor, samples_per_prompt: int, scale: bool) -> Tensor:
     """A (B,) = R - mean of the prompt's responses; scale: over their standard deviation (Shao et al. 2024, sec. 4.1.2).
 
@@ -296,10 +296,10 @@ def token_losses(
 
 
 # --------------------------------------------------------------------------------------------------- the algorithm
-def main(args: Args) -> None:
+def main(args: Any) -> None:
     """GRPO and its family (grpo.py)."""
     run = Run(args, "grpo", ("score", "gold", "kl", "entropy", "response_length", "flat"))
-    method: Any = settle_method(args, run.world)  # args again, no flag of the method None any more
+    settle_method(args, run.world)  # gives every flag of the method its value
     g, n_prompts = args.samples_per_prompt, args.batch_size // args.samples_per_prompt
     pairwise = args.method in PAIR_METHODS
     has_reference = pairwise or args.kl != "none"  # in rewards or loss
@@ -337,7 +337,7 @@ def main(args: Args) -> None:
         scores = penalised(total_rewards(table, rewards), rollout, args)
         known = run.total((~scores.isnan()).sum().item())[0]
         check(known, f"{', '.join(reward.name for reward in rewards)} returned None for every response")
-        old_logprobs, ref_logprobs = rollout.sampler_logprobs, torch.zeros_like(rollout.sampler_logprobs)
+        old_logprobs, ref_logprobs = rollout.sampler_logprobs.clone(), torch.zeros_like(rollout.sampler_logprobs)
         if has_reference or step == 0:
             ref_logprobs, _ = role_logprobs(model, "reference", rows, mask, args)
         knows_old = args.kl == "k1" or step == 0
@@ -349,11 +349,11 @@ def main(args: Args) -> None:
         # 3. Advantages: each response against its group, the batch or the greedy response; or pairs of responses
         mask = mask * rollout.ended.long()[:, None] if args.mask_truncated else mask
         if pairwise:
-            scores = scores.masked_fill(mask[:, 0] == 0, torch.nan)
+            scores = scores.masked_fill(mask.sum(1) == 0, torch.nan)  # left out by --mask_truncated
             pairs, wins = rank_pairs(scores, g), win_probabilities(scores, g)
             mask = mask * torch.isin(torch.arange(len(mask), device=run.device), pairs)[:, None]
             ids = [p["ids"] for p in rollout.prompts]
-            rows = flat_rows(pairs.sort().values.tolist(), ids, rollout.responses, model, method.tokens_per_batch)
+            rows = flat_rows(pairs.sort().values.tolist(), ids, rollout.responses, model, args.tokens_per_batch)
             n_pairs = max(1.0, run.total(len(pairs))[0])
         else:
             returns, baseline = scores[:, None].expand(mask.shape), None
@@ -380,15 +380,15 @@ def main(args: Args) -> None:
                     kept, old, ref = (x[row.numbers] for x in (mask, old_logprobs, ref_logprobs))
                     if pairwise:
                         h = ((logprobs - ref) * kept).sum(1)
-                        terms = pair_terms(h, kept.sum(1), row.numbers, wins, pairs, method)
-                        loss, share = (x / n_pairs for x in terms)
+                        terms = pair_terms(h, kept.sum(1), row.numbers, wins, pairs, args)
+                        loss, share = (x / n_pairs for x in terms)  # share: of pairs in the right order
                     else:
                         losses = token_losses(logprobs, old, ref, advantages[row.numbers], kept, args)
-                        how = method.aggregation, args.batch_size, n_tokens, args.max_response_length
+                        how = args.aggregation, args.batch_size, n_tokens, args.max_response_length
                         loss = (losses * token_weights(kept, *how)).sum()
-                        ratio = importance_ratio(logprobs, old, kept, method.ratio)
-                        outside = (ratio < 1 - method.clip_low) | (ratio > 1 + method.clip_high)
-                        share = (outside * kept).sum() / n_tokens
+                        ratio = importance_ratio(logprobs, old, kept, args.ratio)
+                        outside = (ratio < 1 - args.clip_low) | (ratio > 1 + args.clip_high)
+                        share = (outside * kept).sum() / n_tokens  # of ratios out of range
                     loss = loss - args.entropy_coef * (entropy * kept).sum() / n_tokens
                     loss.backward()
                     per_token = [(x * kept).sum() / n_tokens for x in (old_new_kl(logprobs, old), entropy)]
@@ -699,11 +699,12 @@ def pair_losses(log_ratio: Tensor, lengths: Tensor, wins: Tensor, pairs: Tensor,
     """
     chosen, rejected = pairs.T
     h_w, h_l = log_ratio.index_select(0, chosen), log_ratio.index_select(0, rejected)
-    if method == "online_ipo":
-        return ipo_loss(h_w, h_l, lengths[chosen], lengths[rejected], beta)
-    if method == "sppo":
-        return sppo_loss(h_w, wins[chosen], beta) + sppo_loss(h_l, wins[rejected], beta)
-    return dpo_loss(h_w, h_l, beta, 0.0)
+    losses: dict[str, Callable[[], Tensor]] = {
+        "online_dpo": lambda: dpo_loss(h_w, h_l, beta, 0.0),
+        "online_ipo": lambda: ipo_loss(h_w, h_l, lengths[chosen], lengths[rejected], beta),
+        "sppo": lambda: sppo_loss(h_w, wins[chosen], beta) + sppo_loss(h_l, wins[rejected], beta),
+    }
+    return losses[method]()
 
 
 def pair_terms(h: Tensor, lengths: Tensor, numbers: list[int], wins: Tensor, pairs: Tensor, args: Any) -> list[Tensor]:
@@ -922,7 +923,7 @@ class Run:
 
 
 # ----------------------------------------------------------------------------------- method, model, roles, rewards
-def settle_method(args: Any, world: int) -> Any:
+def settle_method(args: Any, world: int) -> None:
     """Flags that were not given take the method's values; contradicting or impossible flags, each as one line."""
     preset = {"beta": PAIR_METHODS.get(args.method), "max_refills": 0, "overlong_buffer": 0.0}
     preset = METHODS[args.method]._asdict() if args.method in METHODS else preset
@@ -945,7 +946,6 @@ def settle_method(args: Any, world: int) -> Any:
     check(g > 1 or alone, f"--samples_per_prompt {g}: a group of less than 2")
     check(b % (g * world) == 0, f"--batch_size {b}: no multiple of --samples_per_prompt {g} x {world} processes")
     print(f"grpo: --method {args.method}:", ", ".join(f"{name} {getattr(args, name)}" for name in preset))
-    return args
 
 
 def find_base(source: str) -> tuple[str, bool]:

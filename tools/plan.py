@@ -237,9 +237,8 @@ def describe_run(stage: str, script: Any, flags: Any, plan: PlanArgs) -> Run:
     config, start = read_config(base, flags), LoraConfig.from_pretrained(flags.model) if is_adapter else None
     roles: dict[str, Any] = {"reward" if stage == "reward" else "policy": start}
     trained, heads, others = [*roles], [config.hidden_size] * (stage == "reward"), []
-    moving = getattr(flags, "sync_ref_every", 0)
-    if stage in ("ppo", "dpo", "grpo") and (is_adapter or bare or moving):
-        roles |= {"reference": start} | ({"start": start} if stage == "dpo" and moving and (is_adapter or bare) else {})
+    if stage in ("ppo", "dpo", "grpo") and (is_adapter or bare or getattr(flags, "sync_ref_every", 0)):
+        roles["reference"] = start
     for k, source in enumerate(reward_sources(stage, flags)):
         own, adapted = script.find_base(source) if source else (base, False)
         others += [] if own == base else [read_config(own, flags)]
