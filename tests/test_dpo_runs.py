@@ -555,7 +555,7 @@ def refused(run: Run, *patterns: str, **flags: Any) -> None:
 
 
 DATA_ERRORS: list[tuple[dict[str, Any], list[str]]] = [
-    ({"dataset": "votes"}, ["votes.jsonl: no usable row of 24", "24 a column is missing", "found prompt, completion, label"]),
+    ({"dataset": "votes"}, ["votes.jsonl: no usable row of 24", "found prompt, completion, label"]),
     ({"dataset": "lists_of_3", "loss": "kto"}, ["found prompt, responses, ranks", "prompt + completion + label"]),
     ({"eval_dataset": "votes"}, ["no usable row of 24", "expected prompt + chosen + rejected"]),
     ({"dataset": "prompts"}, ["no usable row of 24", "expected prompt + chosen + rejected | chosen + rejected"]),
