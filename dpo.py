@@ -438,18 +438,20 @@ def main(args: Args) -> None:
         if args.loss == "kto":
             baseline.fill_(mismatched_kl(model, batch, run))
         sums = torch.zeros(len(METRICS), 2, device=run.device)
-        for pack in collate(batch[run.rank :: run.world], model, args):
-            # 2. log pi_ref
-            if LOSSES[args.loss].reference:
-                with role(model, "reference"):
-                    pack = pack._replace(ref_logprobs=logprob_table(model, pack))
+        packs = collate(batch[run.rank :: run.world], model, args)
 
-            # 3. log pi_theta, the loss and its gradient, as the mean over the prompts of the whole batch
-            with role(model, "policy", grad=True):
+        # 2. log pi_ref
+        if LOSSES[args.loss].reference:
+            with role(model, "reference"):
+                packs = [pack._replace(ref_logprobs=logprob_table(model, pack)) for pack in packs]
+
+        # 3. log pi_theta, the loss and its gradient, as the mean over the prompts of the whole batch
+        with role(model, "policy", grad=True):
+            for pack in packs:
                 logprobs = logprob_table(model, pack)
                 loss = preference_loss(logprobs, pack, baseline.item(), args)
                 (loss / args.batch_size).backward()
-            sums += preference_sums(loss.detach(), logprobs.detach(), pack, args)
+                sums += preference_sums(loss.detach(), logprobs.detach(), pack, args)
         metrics = {"step": step, **preference_metrics(sums, run)}
         metrics |= {"baseline": baseline.item()} if args.loss in ("kto", "bco") else {}
         if args.loss == "bco":  # the mean reward, as a moving average over batches

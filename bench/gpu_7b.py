@@ -268,6 +268,14 @@ class Meter:
             return plain(layer, ids)
 
         embedding.forward = forward
+        cuda_graph: Any = torch.cuda.CUDAGraph
+        plain_replay = cuda_graph.replay
+
+        def replay(graph: Any) -> None:  # a step of the sampler that no Python code of the model sees
+            self.decode_steps += self.phase == "rollout: decode"
+            plain_replay(graph)
+
+        cuda_graph.replay = replay
 
     def read_bandwidth(self) -> float:
         """Bytes per second read by large sums, the best of ten."""
@@ -407,7 +415,7 @@ def run_trl(spec: dict, flags: Any, meter: Meter) -> None:
         output_dir=str(Path(spec["folder"], "run")), per_device_train_batch_size=micro,
         gradient_accumulation_steps=flags.batch_size // micro, max_steps=spec["steps"] + 1,
         learning_rate=flags.learning_rate, bf16=True, use_cpu=not meter.gpu,
-        gradient_checkpointing=flags.gradient_checkpointing, optim="paged_adamw_8bit" if meter.gpu else "adamw_torch",
+        gradient_checkpointing=meter.gpu, optim="paged_adamw_8bit" if meter.gpu else "adamw_torch",
         logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, **own,
     )  # fmt: skip
     on_step = type("OnStep", (transformers.TrainerCallback,), {"on_step_end": lambda *_, **named: meter.end()})
