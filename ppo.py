@@ -710,7 +710,7 @@ def load_base(base: str, args: Any, device: Any, kind: Any = AutoModelForCausalL
     scaled = kind is AutoModelForCausalLM and (lm_logits(model, states) - logits).norm() > 0.05 * logits.norm()
     check(not scaled, f"model {base}: {model.config.model_type} scales its logits after lm_head; not supported")
     if device.type == "cpu" and model.num_parameters() < 10**7:
-        torch.set_num_threads(1)  # so small a model gains little from threads, and loses much where cores are shared
+        torch.set_num_threads(min(2, torch.get_num_threads()))  # more gain nothing, and lose where cores are shared
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     compiler = any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang"))  # Triton asks for one
