@@ -99,10 +99,6 @@ LOSSES = {
     "simpo": Loss("pairs", False, 2.0), "cpo": Loss("pairs", False, 0.1, 1.0), "kto": Loss("labels", True, 0.1),
     "lipo": Loss("lists", True, 0.1), "plackett_luce": Loss("lists", True, 0.1),
 }  # fmt: skip
-LossName = Literal[
-    "sigmoid", "robust", "ipo", "hinge", "nca", "apo_zero", "apo_down", "sppo", "bco", "rdpo", "ld",
-    "orpo", "simpo", "cpo", "kto", "lipo", "plackett_luce",
-]  # fmt: skip
 
 
 def arg(default: Any, help: str) -> Any:
@@ -136,7 +132,7 @@ class Args:
     max_prompt_length: int = arg(512, "longer prompts are dropped and counted, never cut (tokens)")
     max_response_length: int = arg(512, "longest response (tokens)")
     # loss
-    loss: LossName = arg("sigmoid", "see LOSSES: what it learns from, whether it needs the reference")
+    loss: Literal[*LOSSES] = arg("sigmoid", "see LOSSES: what it learns from, its reference")  # type: ignore[valid-type]
     beta: float | None = arg(None, "reward per nat of log-ratio (ipo: tau, orpo: lambda); default: the loss's own")
     nll_coef: float | None = arg(None, "weight of the chosen responses' NLL per token (RPO); default: see LOSSES")
     label_smoothing: float = arg(0.0, "share of the labels taken to be wrong, in losses that allow it")
@@ -155,7 +151,7 @@ class Args:
     weight_decay: float = arg(0.0, "AdamW weight decay")
     max_grad_norm: float = arg(1.0, "gradients longer than this are scaled down to it")
     batch_size: int = arg(32, "per step: examples; reward, dpo: prompts with their responses; RL: responses")
-    tokens_per_batch: int | None = arg(None, "tokens per flat row: memory only; default: 1024, 4096 on a GPU")
+    tokens_per_batch: int | None = arg(None, "tokens per flat row: memory only; default: 512, 4096 on a GPU")
     epochs: float = arg(1.0, "passes over the dataset")
     max_steps: int = arg(0, "stop after this many steps; 0: no limit; the smaller bound wins")
     # run
@@ -339,9 +335,7 @@ class Preferences(NamedTuple):
     """S responses to the prompts of a flat row, P pairs (i better than j) of them, tables (S, T) of their tokens."""
 
     rows: list  # of Row: one; or one per response, for models that can't have several in a row
-    at: tuple[
-        Tensor, Tensor
-    ]  # (n,), (n,): which of the S responses, and which of its tokens; Row's counts in the batch
+    at: tuple[Tensor, Tensor]  # (n,), (n,): which of the S responses, and which of its tokens; Row.at's in the batch
     mask: Tensor  # (S, T), 1 = a real token of the response, its end included
     ref_logprobs: Tensor  # (S, T), 0 where the loss has no reference
     better: Tensor  # (P,), index of i among the S
@@ -881,7 +875,7 @@ def settle_precision(args: Any, device: Any) -> None:
     if args.dtype == "auto":  # all weights: small updates would be lost in bfloat16, which old GPUs don't have either
         half = (gpu or args.quant == "nf4") and not all_weights
         args.dtype = "bfloat16" if half and (not gpu or torch.cuda.is_bf16_supported(False)) else "float32"
-    args.tokens_per_batch = args.tokens_per_batch or (4096 if gpu else 1024)
+    args.tokens_per_batch = args.tokens_per_batch or (4096 if gpu else 512)
     args.gradient_checkpointing = gpu if args.gradient_checkpointing is None else args.gradient_checkpointing
 
 
@@ -952,9 +946,7 @@ def load_model(args: Any, device: Any) -> tuple[Any, Any, list[int], str | None]
     """(base model, tokenizer, stop ids, adapter or None) of --model: a base, or the run folder of an earlier stage."""
     base, is_adapter = find_base(args.model)
     given = [f"--{n}" for n in ("lora_r", "lora_alpha", "lora_target_modules") if getattr(args, n) is not None]
-    check(
-        not (is_adapter and given), f"{', '.join(given)}: {args.model} is an adapter and keeps its own; drop the flag"
-    )
+    check(not is_adapter or not given, f"{', '.join(given)}: {args.model} is an adapter with its own; drop the flag")
     settle_precision(args, device)
     own = is_adapter and (Path(args.model, "tokenizer_config.json").is_file() or not Path(args.model).is_dir())
     tokenizer = load_tokenizer(args.model if own else base, args.chat_template, args)

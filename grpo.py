@@ -97,10 +97,6 @@ Aggregation = Literal["response", "token", "constant"]
 Ratio = Literal["token", "sequence", "product"]
 Surrogate = Literal["clip", "cispo"]
 Penalty = Literal["none", "k1", "k2", "k3"]
-MethodName = Literal[
-    "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce", "reinforce_pp", "remax",
-    "online_dpo", "online_ipo", "sppo",
-]  # fmt: skip
 
 
 class Method(NamedTuple):
@@ -173,7 +169,9 @@ class Args:
     overlong_buffer: float | None = arg(None, "last share of the length in which a penalty rises from 0 to 1 (DAPO)")
     mask_truncated: bool = arg(False, "responses that did not end are left out of the loss (DAPO's overlong filtering)")
     # method
-    method: MethodName = arg("grpo", "sets every flag below that is not given, see METHODS")
+    method: Literal[*METHODS, *PAIR_METHODS] = arg(  # type: ignore[valid-type]
+        "grpo", "sets the flags below that are not given, see METHODS"
+    )
     advantage: Advantage | None = arg(None, "what a reward is compared with; whiten: over the batch's tokens")
     aggregation: Aggregation | None = arg(None, "mean of responses' means; of tokens; sum / (B * max_response_length)")
     ratio: Ratio | None = arg(None, "pi / pi_old: of a token; a response's geometric mean over tokens, or product")
@@ -192,7 +190,7 @@ class Args:
     weight_decay: float = arg(0.0, "AdamW weight decay")
     max_grad_norm: float = arg(1.0, "gradients longer than this are scaled down to it")
     batch_size: int = arg(128, "per step: examples; reward, dpo: prompts with their responses; RL: responses")
-    tokens_per_batch: int | None = arg(None, "tokens per flat row: memory only; default: 1024, 4096 on a GPU")
+    tokens_per_batch: int | None = arg(None, "tokens per flat row: memory only; default: 512, 4096 on a GPU")
     epochs: float = arg(1.0, "passes over the dataset")
     max_steps: int = arg(0, "stop after this many steps; 0: no limit; the smaller bound wins")
     # run
@@ -970,7 +968,7 @@ def settle_precision(args: Any, device: Any) -> None:
     if args.dtype == "auto":  # all weights: small updates would be lost in bfloat16, which old GPUs don't have either
         half = (gpu or args.quant == "nf4") and not all_weights
         args.dtype = "bfloat16" if half and (not gpu or torch.cuda.is_bf16_supported(False)) else "float32"
-    args.tokens_per_batch = args.tokens_per_batch or (4096 if gpu else 1024)
+    args.tokens_per_batch = args.tokens_per_batch or (4096 if gpu else 512)
     args.gradient_checkpointing = gpu if args.gradient_checkpointing is None else args.gradient_checkpointing
 
 
@@ -1041,9 +1039,7 @@ def load_model(args: Any, device: Any) -> tuple[Any, Any, list[int], str | None]
     """(base model, tokenizer, stop ids, adapter or None) of --model: a base, or the run folder of an earlier stage."""
     base, is_adapter = find_base(args.model)
     given = [f"--{n}" for n in ("lora_r", "lora_alpha", "lora_target_modules") if getattr(args, n) is not None]
-    check(
-        not (is_adapter and given), f"{', '.join(given)}: {args.model} is an adapter and keeps its own; drop the flag"
-    )
+    check(not is_adapter or not given, f"{', '.join(given)}: {args.model} is an adapter with its own; drop the flag")
     settle_precision(args, device)
     own = is_adapter and (Path(args.model, "tokenizer_config.json").is_file() or not Path(args.model).is_dir())
     tokenizer = load_tokenizer(args.model if own else base, args.chat_template, args)

@@ -103,7 +103,7 @@ class Args:
     weight_decay: float = arg(0.0, "AdamW weight decay")
     max_grad_norm: float = arg(1.0, "gradients longer than this are scaled down to it")
     batch_size: int = arg(32, "per step: examples; reward, dpo: prompts with their responses; RL: responses")
-    tokens_per_batch: int | None = arg(None, "tokens per flat row: memory only; default: 1024, 4096 on a GPU")
+    tokens_per_batch: int | None = arg(None, "tokens per flat row: memory only; default: 512, 4096 on a GPU")
     epochs: float = arg(1.0, "passes over the dataset")
     max_steps: int = arg(0, "stop after this many steps; 0: no limit; the smaller bound wins")
     # run
@@ -459,7 +459,7 @@ def settle_precision(args: Any, device: Any) -> None:
     if args.dtype == "auto":  # all weights: small updates would be lost in bfloat16, which old GPUs don't have either
         half = (gpu or args.quant == "nf4") and not all_weights
         args.dtype = "bfloat16" if half and (not gpu or torch.cuda.is_bf16_supported(False)) else "float32"
-    args.tokens_per_batch = args.tokens_per_batch or (4096 if gpu else 1024)
+    args.tokens_per_batch = args.tokens_per_batch or (4096 if gpu else 512)
     args.gradient_checkpointing = gpu if args.gradient_checkpointing is None else args.gradient_checkpointing
 
 
@@ -530,9 +530,7 @@ def load_model(args: Any, device: Any) -> tuple[Any, Any, list[int], str | None]
     """(base model, tokenizer, stop ids, adapter or None) of --model: a base, or the run folder of an earlier stage."""
     base, is_adapter = find_base(args.model)
     given = [f"--{n}" for n in ("lora_r", "lora_alpha", "lora_target_modules") if getattr(args, n) is not None]
-    check(
-        not (is_adapter and given), f"{', '.join(given)}: {args.model} is an adapter and keeps its own; drop the flag"
-    )
+    check(not is_adapter or not given, f"{', '.join(given)}: {args.model} is an adapter with its own; drop the flag")
     settle_precision(args, device)
     own = is_adapter and (Path(args.model, "tokenizer_config.json").is_file() or not Path(args.model).is_dir())
     tokenizer = load_tokenizer(args.model if own else base, args.chat_template, args)
@@ -1009,11 +1007,9 @@ def samples(model: Any, tokenizer: Any, heldout: Dataset, stop_ids: list[int], s
     prompts = [e["ids"][: e["mask"].index(1)] for e in take(heldout, range(min(8, len(heldout))))]
     rows = []
     for i, y in enumerate(generate(model, tokenizer, prompts, stop_ids, args)):
-        texts = {"prompt": tokenizer.decode(prompts[i]), "response": tokenizer.decode(y, skip_special_tokens=True)}
-        end = "stop" if y[-1] in stop_ids else "length"
-        rows.append(
-            {"id": i, **texts, "model": f"sft step {step + 1}", "finish_reason": end, "tokens": len(y), "step": step}
-        )
+        row = {"id": i, "prompt": tokenizer.decode(prompts[i]), "model": f"sft step {step + 1}", "step": step}
+        row["response"] = tokenizer.decode(y, skip_special_tokens=True)
+        rows.append({**row, "finish_reason": "stop" if y[-1] in stop_ids else "length", "tokens": len(y)})
     return rows
 
 

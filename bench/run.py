@@ -87,7 +87,7 @@ class Args:
     key_value_heads: int = arg(0, "of the Llama, whose query heads have 64 dimensions; 0: as many as those")
     batch_size: int = arg(0, "examples per step; 0: the stage's own")
     micro_batch_size: int = arg(8, "examples per forward pass of the peer")
-    tokens_per_batch: int = arg(1024, "tokens per flat row of ours; 1024 is its default on a CPU")
+    tokens_per_batch: int = arg(512, "tokens per flat row of ours; 512 is its default on a CPU")
     steps: int = arg(0, "measured steps per turn; 0: as many as take less than ten minutes")
     turns: int = arg(0, "timed turns of each side; 0: as many as take less than ten minutes")
     samples_per_prompt: int = arg(8, "G of grpo, rloo and ppo")

@@ -649,7 +649,7 @@ def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "loss", [pytest.param(name, marks=[] if name in SOONER else pytest.mark.slow) for name in dpo.LOSSES]
 )
 def test_every_loss_improves_its_own_objective(
-    loss: dpo.LossName, tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    loss: str, tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """20 steps on twenty rows of the embedded world: their loss falls, chosen responses gain on rejected ones."""
     monkeypatch.setattr(dpo.Run, "plot_curves", lambda *_: None)

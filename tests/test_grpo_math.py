@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import reference_dpo as reference
@@ -38,7 +38,6 @@ def doubles(*rows: Any) -> Tensor:
 # ------------------------------------------------------------------------------------------------------- by hand
 def test_presets_are_whole() -> None:
     """Every method of the flag has its preset, and every field of a preset is a flag that is None until settled."""
-    assert set(get_args(grpo.MethodName)) == {*grpo.METHODS, *grpo.PAIR_METHODS}
     for name in (*grpo.Method._fields, "beta"):
         assert getattr(grpo.Args(), name) is None
     for method, preset in grpo.METHODS.items():
