@@ -296,7 +296,7 @@ def token_losses(
 # --------------------------------------------------------------------------------------------------- the algorithm
 def main(args: Any) -> None:
     """GRPO and its family (grpo.py)."""
-    run = Run(args, "grpo", ("score", "gold", "kl", "entropy", "response_length", "flat"))
+    run = Run(args, "grpo", ("score", "gold", "kl", "entropy", "response_length", "equal_rewards"))
     settle_method(args, run.world)  # gives every flag of the method its value
     g, n_prompts = args.samples_per_prompt, args.batch_size // args.samples_per_prompt
     pairwise = args.method in PAIR_METHODS
@@ -402,7 +402,7 @@ def main(args: Any) -> None:
 
         # 5. Log, evaluate
         total = total_rewards(table, rewards)
-        columns = {"score": total, "flat": flat_groups(total, g)}
+        columns = {"score": total, "equal_rewards": equal_groups(total, g)}
         columns |= {"response_length": rollout.mask.sum(1), "eos_rate": rollout.ended}
         columns |= {"kl": (old_logprobs - ref_logprobs).sum(1)} if has_reference else {}
         columns |= {"gold": torch.from_numpy(call_function(gold, rollout.prompts, rollout.texts))} if gold else {}
@@ -938,7 +938,7 @@ def settle_method(args: Any, world: int) -> None:
     needs = f"--sync_ref_every: --method {args.method} has no reference unless --kl k1, k2 or k3 is given"
     check(args.kl != "none" or not args.sync_ref_every, needs)
     alone = args.advantage in ("batch_mean", "whiten", "greedy")  # a group may be of one, or of equal rewards
-    check(not (args.max_refills and alone), f"--max_refills: a flat group is a signal to --advantage {args.advantage}")
+    check(not (args.max_refills and alone), f"--max_refills: equal rewards are a signal to {args.advantage}")
     check(args.lora_r != 0, "--lora_r 0: RL trains LoRA adapters only; use a rank of at least 1")
     g, b = args.samples_per_prompt, args.batch_size
     check(g > 1 or alone, f"--samples_per_prompt {g}: a group of less than 2")
@@ -1731,8 +1731,8 @@ def collect(lm: Any, prompts: Dataset, rewards: list[Reward], run: Run) -> tuple
         responses = list(zip(rollout.prompts, rollout.responses, logprobs, table, strict=True))
         groups |= {place: responses[k * g : (k + 1) * g] for k, place in enumerate(wanted)}
         n_sampled += len(wanted)
-        flat = flat_groups(total_rewards(table, rewards), g).tolist()
-        wanted = [place for place, is_flat in zip(wanted, flat, strict=True) if is_flat]
+        equal = equal_groups(total_rewards(table, rewards), g).tolist()
+        wanted = [place for place, is_equal in zip(wanted, equal, strict=True) if is_equal]
         if not wanted:
             break
     if n_sampled > len(places):
@@ -1810,10 +1810,10 @@ def penalised(rewards: Tensor, rollout: Rollout, args: Any) -> Tensor:
     return rewards + overlong_penalty(rollout.mask.sum(1), args.max_response_length, buffer) if buffer else rewards
 
 
-def flat_groups(rewards: Tensor, samples_per_prompt: int) -> Tensor:
+def equal_groups(rewards: Tensor, samples_per_prompt: int) -> Tensor:
     """(P,) bool: whether a prompt's responses all have the same reward (to rounding), so that nothing can be learned.
 
-    >>> flat_groups(torch.tensor([1.0, 0.0, 2.0, 2.0]), 2)
+    >>> equal_groups(torch.tensor([1.0, 0.0, 2.0, 2.0]), 2)
     tensor([False,  True])
     """
     groups = rewards.double().view(-1, samples_per_prompt)  # in float64 the mean of equal float32 numbers is exact
@@ -1858,7 +1858,7 @@ def reward_means(run: Run, rewards: list[Reward], table: Tensor, g: int) -> dict
     """Of each reward, over the whole batch: mean, sd, and the share of groups in which it is the same for all."""
     found: dict[str, float] = {}
     for reward, x in zip(rewards, table.double().T, strict=True):
-        means = batch_means(run, {"mean": x, "sd": x**2, "flat": flat_groups(x, g)})
+        means = batch_means(run, {"mean": x, "sd": x**2, "equal": equal_groups(x, g)})
         if "mean" in means:
             means["sd"] = math.sqrt(max(means["sd"] - means["mean"] ** 2, 0))
         found |= {f"{reward.name}/{name}": value for name, value in means.items()}

@@ -511,7 +511,7 @@ def test_whitening_leaves_unknown_rewards_out() -> None:
 @pytest.mark.parametrize("value", [20.3, 100.1, -29.8, 1000.1])
 def test_equal_rewards_are_flat_in_any_unit(value: float) -> None:
     """The float32 mean of equal numbers is not always that number."""
-    assert all(grpo.flat_groups(torch.full((g,), value), g).item() for g in range(2, 17))
+    assert all(grpo.equal_groups(torch.full((g,), value), g).item() for g in range(2, 17))
 
 
 def some_signal(folder: Path) -> Path:
@@ -549,7 +549,7 @@ def test_every_method_runs(method: str, run_grpo: Callable[..., Path]) -> None:
     """Two steps of two updates: the first update's ratio is 1, so KL(old, new) comes from the second alone."""
     rows = read_jsonl(run_grpo(method=method, mu=2, max_steps=1) / "metrics.jsonl")
     assert len(rows) == 1 and rows[0]["grad_norm"] > 0 and rows[0]["approx_kl"] > 0
-    assert "share/mean" in rows[0] and 0 <= rows[0]["share/flat"] <= 1
+    assert "share/mean" in rows[0] and 0 <= rows[0]["share/equal"] <= 1
 
 
 @pytest.mark.parametrize("kl", ["none", "k1"])
@@ -594,7 +594,7 @@ def test_reward_model_and_functions_together(
     file.write_text("def some(prompts, responses, **c):\n    return [None, *[1.0] * (len(responses) - 1)]\n")
     folder = run_grpo(rewards=[f"{reward_run}=0.5", reward_file, f"{file}:some=0.1"])
     for row in read_jsonl(folder / "metrics.jsonl"):
-        assert row["some/mean"] == 1.0 and row["some/flat"] == 1.0
+        assert row["some/mean"] == 1.0 and row["some/equal"] == 1.0
         expected = 0.5 * row["reward/mean"] + row["share/mean"] + 0.1 * 15 / 16
         assert row["score"] == pytest.approx(expected, abs=1e-6)
 
@@ -669,7 +669,7 @@ def test_gsm8k_rows_through_the_loader(run_grpo: Callable[..., Path], tmp_path: 
     data = write_jsonl(tmp_path / "gsm8k.jsonl", [{"prompt": r["question"], "answer": r["answer"]} for r in rows[:24]])
     folder = run_grpo(dataset=str(data), reward_fn=f"{ROOT}/rewards/math.py:numeric", method="dapo", max_steps=1)
     (row,) = read_jsonl(folder / "metrics.jsonl")
-    assert row["numeric/flat"] <= 1.0 and row["refilled"] > 0
+    assert row["numeric/equal"] <= 1.0 and row["refilled"] > 0
 
 
 def test_refilled_groups_replace_only_flat_ones(
@@ -680,7 +680,7 @@ def test_refilled_groups_replace_only_flat_ones(
     for rounds in (0, 2):  # in the second run the preflight compares the sampler's log-probs with those of the new rows
         run_grpo(max_refills=rounds, **flags)
     (_, (once, table, none)), (_, (again, filled, n)) = calls
-    flat = grpo.flat_groups(table[:, 0], 4).tolist()
+    flat = grpo.equal_groups(table[:, 0], 4).tolist()
     assert none == 0 and n > 0 and any(flat) and not all(flat)
     before = {p["key"] for p in once.prompts}
     for k, was_flat in enumerate(flat):

@@ -33,7 +33,7 @@ import grpo
 Run = Callable[..., Path]
 ALL = [*grpo.METHODS, *grpo.PAIR_METHODS]
 KEYS = {
-    "step", "score", "kl", "response_length", "eos_rate", "flat", "refilled", "policy_loss", "clip_fraction",
+    "step", "score", "kl", "response_length", "eos_rate", "equal_rewards", "refilled", "policy_loss", "clip_fraction",
     "approx_kl", "entropy", "grad_norm", "learning_rate",
 }  # fmt: skip
 FILES = {
@@ -122,7 +122,7 @@ def test_a_run_writes_what_it_says(run: Run, reward_run: Path, capsys: pytest.Ca
     assert not list(folder.rglob("*.tmp")) and (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
     rows = strict_rows(folder)
     assert [row["step"] for row in rows] == [0, 1]
-    named = {f"{name}/{what}" for name in ("share", "reward") for what in ("mean", "sd", "flat")}
+    named = {f"{name}/{what}" for name in ("share", "reward") for what in ("mean", "sd", "equal")}
     judged = {"gold", "heldout_score", "heldout_gold", "heldout_kl"}
     assert all(row.keys() == KEYS | named | judged and all(map(math.isfinite, row.values())) for row in rows)
     assert abs(rows[0]["kl"]) < 1e-4 < abs(rows[1]["kl"]) and all(row["entropy"] > 0 for row in rows)
@@ -334,8 +334,8 @@ def test_equal_rewards_move_nothing(method: str, run: Run, sft_run: Path) -> Non
     folder = run(method=method, reward_fn="constant", kl=kl, overlong_buffer=0.0, mu=2, max_steps=1)
     assert same_weights(folder, sft_run)
     for row in strict_rows(folder):
-        assert all(map(math.isfinite, row.values())) and row["grad_norm"] == 0 and row["flat"] == 1
-        assert row["constant/flat"] == 1 and row["constant/sd"] == pytest.approx(0, abs=1e-6)
+        assert all(map(math.isfinite, row.values())) and row["grad_norm"] == 0 and row["equal_rewards"] == 1
+        assert row["constant/equal"] == 1 and row["constant/sd"] == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("method", ["grpo", "rloo", "remax", "reinforce_pp", "sppo"])
@@ -421,7 +421,7 @@ def test_table_and_total_by_hand(run: Run, reward_run: Path, base: Path, monkeyp
         assert row[f"{name}/sd"] == pytest.approx(np.nanstd(column), abs=1e-4)
         flat = [np.ptp(group[~np.isnan(group)]) < 1e-6 if (~np.isnan(group)).any() else True
                 for group in column.reshape(4, 4)]  # fmt: skip
-        assert row[f"{name}/flat"] == np.mean(flat)
+        assert row[f"{name}/equal"] == np.mean(flat)
 
 
 def test_unknown_rewards_leave_the_response_out(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -788,7 +788,7 @@ def test_refills_go_by_the_total_and_bring_everything(run: Run, monkeypatch: pyt
     run(rewards=["constant", "rare"], max_refills=1, max_steps=1)
     ((((_, tokenizer, stop_ids), _, rewards, _), (rollout, table, n)),) = calls
     first = next(found for (asked, *_), found in tables if len(asked.texts) == 16)
-    assert n == grpo.flat_groups(grpo.total_rewards(first, rewards), 4).sum() and 0 < n < 4
+    assert n == grpo.equal_groups(grpo.total_rewards(first, rewards), 4).sum() and 0 < n < 4
     assert rollout.texts == tokenizer.batch_decode(rollout.responses, skip_special_tokens=True)
     assert rollout.ended.tolist() == [float(y[-1] in stop_ids) for y in rollout.responses]
     assert table[:, 1].tolist() == rewards[1].function([p["prompt"] for p in rollout.prompts], rollout.texts)
@@ -863,7 +863,7 @@ def test_prompts_with_equal_rewards_are_left_out(run: Run, tmp_path: Path) -> No
         "    return [len(r) * (p == prompts[0]) for p, r in zip(prompts, responses)]"
     )
     (row,) = strict_rows(run(method="online_dpo", reward_fn=f"{tmp_path / 'first.py'}:score", max_steps=1))
-    assert row["flat"] == 0.75 and row["policy_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert row["equal_rewards"] == 0.75 and row["policy_loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
 def test_a_missing_end_costs(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
