@@ -645,7 +645,7 @@ def test_bad_reward_functions_stop_by_name(
         ({"reward_fn": "a.py:f", "reward_model": "b"}, "name all of them in --rewards"),
         ({"reward_fn": "a.py:f", "rewards": ["b"]}, "name all of them in --rewards"),
         ({"overlong_buffer": 2.0}, "a share of"), ({"method": "dapo", "sync_ref_every": 1}, "has no reference unless"),
-        ({"method": "reinforce", "max_refills": 3}, "is a signal"),
+        ({"method": "reinforce", "max_refills": 3}, "equal rewards are a signal to batch_mean"),
         ({"beta": 0.1}, "--beta has no part in --method grpo"),
         ({"method": "sppo", "kl": "k3"}, "--kl has no part in --method sppo"),
         ({"method": "online_dpo", "samples_per_prompt": 1}, "less than 2"),

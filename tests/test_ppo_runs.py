@@ -600,9 +600,9 @@ def test_every_flag_runs(flags: dict, run_ppo: Run, world: Path, base: Path, rew
     [
         ({"lora_r": 0}, ["--lora_r 0"]),
         ({"lora_r": 0, "model": "base"}, ["--lora_r 0"]),
-        ({"lora_r": 8}, ["--lora_r:", "is an adapter and keeps its own"]),
-        ({"lora_alpha": 3.0}, ["--lora_alpha:", "keeps its own"]),
-        ({"lora_target_modules": ["q_proj"]}, ["--lora_target_modules:", "keeps its own"]),
+        ({"lora_r": 8}, ["--lora_r:", "is an adapter with its own"]),
+        ({"lora_alpha": 3.0}, ["--lora_alpha:", "with its own"]),
+        ({"lora_target_modules": ["q_proj"]}, ["--lora_target_modules:", "with its own"]),
         ({"model": "base", "lora_target_modules": ["lm_head"]}, ["--lora_target_modules lm_head"]),
         ({"model": "base", "lora_target_modules": ["nothing"]}, ["adapter policy"]),
         ({"reward_fn": "here.py:f", "reward_model": "there"}, ["--reward_fn and --reward_model"]),

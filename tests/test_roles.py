@@ -371,10 +371,8 @@ def test_precision_follows_the_run_folder(recorded: str | None, flags: dict, exp
         (tmp_path / "args.json").write_text(json.dumps({"quant": recorded}))
     args = ppo.Args(model=str(tmp_path), **flags)
     ppo.settle_precision(args, CPU)
-    assert (args.quant, args.dtype) == expected and (args.tokens_per_batch, args.gradient_checkpointing) == (
-        1024,
-        False,
-    )
+    assert (args.quant, args.dtype) == expected
+    assert (args.tokens_per_batch, args.gradient_checkpointing) == (512, False)
 
 
 @pytest.mark.parametrize("width", [64, 80, 128, 160, 172, 176, 192])

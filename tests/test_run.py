@@ -727,7 +727,7 @@ def test_more_tokens_than_positions(kind: str, run_sft: Run, base: Path, world: 
 
 def test_contradicting_flags(run_sft: Run, sft_run: Path) -> None:
     """All weights of an adapter, all weights in 4 bits, another rank or layers than the adapter's."""
-    refused(run_sft, "--lora_r:", str(sft_run), "is an adapter and keeps its own", model=str(sft_run), lora_r=0)
+    refused(run_sft, "--lora_r:", str(sft_run), "is an adapter with its own", model=str(sft_run), lora_r=0)
     refused(run_sft, "4-bit weights can't be trained", "--quant none", lora_r=0, quant="nf4")
     flags: dict[str, Any] = {"model": str(sft_run), "lora_r": None}
     refused(run_sft, "--lora_alpha, --lora_target_modules:", lora_alpha=3.0, lora_target_modules=["q_proj"], **flags)
