@@ -151,7 +151,7 @@ class Args:
     weight_decay: float = arg(0.0, "AdamW weight decay")
     max_grad_norm: float = arg(1.0, "gradients longer than this are scaled down to it")
     batch_size: int = arg(32, "per step: examples; reward, dpo: prompts with their responses; RL: responses")
-    tokens_per_batch: int | None = arg(None, "tokens per flat row: memory only; default: 512, 4096 on a GPU")
+    tokens_per_batch: int | None = arg(None, "tokens per flat row: memory, speed; default: 512, 4096 on a GPU")
     epochs: float = arg(1.0, "passes over the dataset")
     max_steps: int = arg(0, "stop after this many steps; 0: no limit; the smaller bound wins")
     # run

@@ -129,14 +129,6 @@ def test_summary_by_hand() -> None:
     assert result["ours"]["seconds"] == 3 and result["ours"]["sampling_share"] == pytest.approx((0.5 + 0.25) / 2)
 
 
-def test_attention_share_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Responses of 1, 2, 4 that take 2 + 3 L + L^2: 6, 12, 30; and of 2 + 3 L: 5, 8, 14, which has no such share."""
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    scaling = importlib.import_module("scaling")
-    assert scaling.attention_share([1, 2, 4], [6, 6, 7.5]) == pytest.approx([1 / 6, 4 / 12, 16 / 30])
-    assert scaling.attention_share([1, 2, 4], [5, 4, 3.5]) == pytest.approx([0, 0, 0], abs=1e-9)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", bench.STAGES)
 def test_small_comparison(stage: str, tmp_path: Path) -> None:
@@ -165,17 +157,6 @@ def run_script(name: str, folder: Path, *flags: str) -> subprocess.CompletedProc
     source = [f"--pairs={ROOT / 'tiny' / 'preferences.jsonl'}", f"--tokenizer={ROOT / 'tiny' / 'base'}"]
     command = [sys.executable, str(ROOT / "bench" / f"{name}.py"), *size, *source, *flags]
     return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
-@pytest.mark.slow
-def test_scaling_goes_through(tmp_path: Path) -> None:
-    """Five sizes of a small step: every response as long as asked, so tokens count as batch times length."""
-    done = run_script("scaling", tmp_path, "--batch_size=8", "--steps=1")
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "scaling.json").read_text())
-    assert [row["counted"] for row in result["batches"]] == [48, 96, 192]
-    assert [row["counted"] for row in result["lengths"]] == [48, 96, 192]
-    assert all(0 < row["sampling"] < 1 for row in result["batches"]) and len(result["attention"]) == 3
 
 
 @pytest.mark.slow

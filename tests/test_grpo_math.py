@@ -509,7 +509,7 @@ def test_whitening_leaves_unknown_rewards_out() -> None:
 
 
 @pytest.mark.parametrize("value", [20.3, 100.1, -29.8, 1000.1])
-def test_equal_rewards_are_flat_in_any_unit(value: float) -> None:
+def test_equal_rewards_are_equal_in_any_unit(value: float) -> None:
     """The float32 mean of equal numbers is not always that number."""
     assert all(grpo.equal_groups(torch.full((g,), value), g).item() for g in range(2, 17))
 
@@ -672,7 +672,7 @@ def test_gsm8k_rows_through_the_loader(run_grpo: Callable[..., Path], tmp_path: 
     assert row["numeric/equal"] <= 1.0 and row["refilled"] > 0
 
 
-def test_refilled_groups_replace_only_flat_ones(
+def test_refilled_groups_replace_only_equal_ones(
     run_grpo: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Groups with signal keep prompt and tokens; the others get a prompt that the batch lacks; rows follow."""
