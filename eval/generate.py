@@ -29,45 +29,30 @@ When all is done the rows are put in the dataset's order. FILE.json beside FILE.
 
 import hashlib
 import json
-import logging
 import os
 import sys
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from transformers import AutoConfig, AutoTokenizer, HfArgumentParser
+from transformers import AutoConfig
 
-TINY = Path(__file__).resolve().parents[1] / "tiny"
-PLAIN_TEMPLATE = (  # for models that come without a chat template: no new token is added to the vocabulary
-    "{% for m in messages %}{% if m['role'] == 'assistant' %}Assistant: {{ m['content'] }}{{ eos_token }}\n{% else %}"
-    "{{ m['role'] | capitalize }}: {{ m['content'] }}\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}Assistant:{% endif %}"
-)
-TEXT_TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"  # --chat_template text: no markup, continuation
-ROW_KEYS = ("id", "prompt", "response", "model", "finish_reason", "tokens", "sample")
+if not __package__:  # run as a file or imported by its bare name: it belongs to the package eval all the same
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    __package__ = "eval"
+
+from .common import ROW_KEYS, TINY, arg, BadRow, encode_prompt, find_model, find_stop_ids, load_weights, run_tool
+from .common import to_messages, UserError, write_file, write_json
+
 DECISIVE = ("base_url", "revision", "quant", "dtype", "temperature", "seed", "max_response_length")
 MAX_FAILURES = 10  # so many requests in a row without an answer: the server is gone, or refuses them all
 
 
 # ------------------------------------------------------------------------------------------------------- arguments
-class UserError(Exception):
-    """A mistake in what the user gave, printed as one line: what, where, what was expected, what to do."""
-
-
-class BadRow(Exception):
-    """A row that can't be used: BadRow(reason, detail); rows are counted by reason, the first detail is shown."""
-
-
-def arg(default: Any, help: str) -> Any:
-    """One dataclass field = one command-line flag with its --help text."""
-    text = {"help": help.replace("%", "%%")}
-    return field(default_factory=default, metadata=text) if callable(default) else field(default=default, metadata=text)
 
 
 @dataclass
@@ -93,26 +78,6 @@ class Args:
     concurrency: int = arg(8, "requests to --base_url at once")
     max_retries: int = arg(5, "repeats of a request after 429, 5xx, a hang-up or a time-out, with back-off")
     timeout: float = arg(600.0, "seconds to wait for a reply of --base_url")
-
-
-def run_tool(main: Callable, args_class: Any, files: str = "") -> None:
-    """Parse the command line into `args_class` and run `main`: mistakes of the user are one line, not a traceback.
-
-    `files` is the help text of the positional paths, main's second argument; "" where a tool takes none.
-    """
-    tool = Path(sys.argv[0]).name
-    parser = HfArgumentParser(args_class, description=main.__doc__, allow_abbrev=False)
-    if files:
-        parser.add_argument("files", nargs="*", help=files)
-    try:
-        args, *rest = parser.parse_args_into_dataclasses(look_for_args_file=False)
-    except ValueError as error:  # an unknown flag
-        print(f"{tool}: {error}; `python {tool} --help` lists the flags", file=sys.stderr)
-        sys.exit(2)
-    try:
-        main(args, *(namespace.files for namespace in rest))
-    except UserError as error:
-        sys.exit(f"{tool}: {error}")
 
 
 # -------------------------------------------------------------------------------------------------------- sampling
@@ -180,41 +145,6 @@ def read_rows(source: str, split: str, skipped: dict[str, list]) -> list[dict]:
     return [{**row, "_row": number} for number, row in enumerate(data, 1)]
 
 
-def to_messages(prompt: str | list[dict]) -> list[dict]:
-    """A string prompt is one user message; a message list stays as it is."""
-    if isinstance(prompt, str):
-        return [{"role": "user", "content": prompt}]
-    if not isinstance(prompt, list) or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt):
-        raise BadRow("neither a string nor a message list", str(prompt)[:60])
-    return prompt
-
-
-def render(tokenizer: Any, messages: list[dict], add_generation_prompt: bool) -> str:
-    """The chat template's text; a template that refuses the messages (roles, order) makes the row a bad one."""
-    from jinja2 import TemplateError  # the chat template engine of transformers
-
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except (TemplateError, TypeError, KeyError, ValueError) as error:
-        raise BadRow("refused by the chat template", str(error)) from error
-
-
-def tokenize(tokenizer: Any, text: str) -> list[int]:
-    """Token ids with exactly one BOS where the tokenizer is one that adds it, whether the text has it or not."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    bos = tokenizer.bos_token_id
-    if bos is not None and tokenizer("a")["input_ids"][0] == bos and ids[:1] != [bos]:
-        ids = [bos] + ids
-    while bos is not None and ids[:2] == [bos, bos]:
-        ids = ids[1:]
-    return ids
-
-
-def encode_prompt(tokenizer: Any, prompt: str | list[dict]) -> list[int]:
-    """Token ids of a prompt up to the point where the assistant begins to write."""
-    return tokenize(tokenizer, render(tokenizer, to_messages(prompt), True))
-
-
 class Task(NamedTuple):
     """One response to generate."""
 
@@ -275,127 +205,6 @@ def describe(lost: dict[str, list]) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------- model
-def find_adapter(source: str, revision: str | None) -> Path | None:
-    """The folder of a PEFT adapter (a run folder or a hub id), None where `source` is a whole model."""
-    if Path(source).is_dir():
-        return Path(source) if (Path(source) / "adapter_config.json").is_file() else None
-    from transformers.utils import cached_file
-
-    try:
-        for name in ("args.json", "reward.json", "adapter_model.safetensors", "adapter_config.json"):
-            found = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
-        return Path(str(found)).parent if found else None
-    except OSError as error:
-        raise UserError(f"{source}: no such folder, and not to be had from the hub ({type(error).__name__})") from error
-
-
-def find_base(adapter: Path) -> str:
-    """The base that an adapter names; a relative path may also be relative to a parent of the adapter's folder."""
-    name = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
-    candidates = [Path(name), *(parent / name for parent in adapter.resolve().parents)]
-    found = next((path for path in candidates if (path / "config.json").is_file()), None)
-    if found is None and Path(name).is_absolute():
-        raise UserError(f"{adapter}/adapter_config.json: base model {name} is not there; move it back or edit it")
-    return str(found.resolve()) if found else name
-
-
-def load_tokenizer(source: str, chat_template: str | None, args: Any) -> Any:
-    """Tokenizer with a chat template (`plain` where the model has none) and, for rows, some pad token."""
-    try:
-        revision = args.revision if source == args.model else None
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source}: no tokenizer there ({str(error).splitlines()[0]})") from error
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{source}: the tokenizer has no EOS token; a response could never end")
-    templates = {"plain": PLAIN_TEMPLATE, "text": TEXT_TEMPLATE}
-    if chat_template is None:
-        tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
-    elif chat_template not in templates and not Path(chat_template).is_file():
-        raise UserError(f"--chat_template {chat_template}: not `plain`, not `text` and no such file")
-    else:
-        tokenizer.chat_template = templates.get(chat_template) or Path(chat_template).read_text(encoding="utf-8")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # harmless: masks come from lengths
-    return tokenizer
-
-
-def find_stop_ids(tokenizer: Any, generation_config: Any) -> list[int]:
-    """Tokens that end a response: the tokenizer's EOS, the model's own list, and the template's end of turn."""
-    ids = {tokenizer.eos_token_id}
-    if generation_config is not None and generation_config.eos_token_id is not None:
-        eos = generation_config.eos_token_id
-        ids |= set(eos) if isinstance(eos, list) else {eos}
-    user = [{"role": "user", "content": "a"}]
-    try:
-        whole = render(tokenizer, [*user, {"role": "assistant", "content": "XYZ"}], False)
-    except BadRow as bad:
-        raise UserError(f"chat template: {bad.args[0]} ({bad.args[1]})") from bad
-    after = tokenizer(whole.rpartition("XYZ")[2].lstrip(), add_special_tokens=False)["input_ids"]
-    token = tokenizer.added_tokens_decoder.get(after[0]) if after else None
-    if token is not None and token.special:
-        ids.add(after[0])
-    return sorted(ids)
-
-
-def find_model(args: Any) -> tuple[Path | None, str, Any]:
-    """(adapter's folder or None, base, tokenizer) of --model, a run folder, local model or hub id; nothing heavy yet.
-
-    Settles "auto" in args. quant: as the run folder's args.json says, else NF4 on a GPU and none elsewhere; dtype:
-    bfloat16 on a GPU or with NF4 where the device has it, else float32.
-    """
-    import torch
-    from accelerate import PartialState
-
-    adapter = find_adapter(args.model, args.revision)
-    base, recorded = find_base(adapter) if adapter else args.model, {}
-    if adapter and json.loads((adapter / "adapter_config.json").read_text()).get("task_type") == "SEQ_CLS":
-        raise UserError(f"{args.model}: a reward model gives scores and writes no text; expected a language model")
-    if adapter and (adapter / "args.json").is_file():
-        recorded = json.loads((adapter / "args.json").read_text())
-    gpu = PartialState().device.type == "cuda"
-    if args.quant == "auto":
-        args.quant = recorded.get("quant") or ("nf4" if gpu else "none")
-    if args.dtype == "auto":
-        old_gpu = gpu and torch.cuda.get_device_capability()[0] < 8
-        args.dtype = "bfloat16" if (gpu or args.quant == "nf4") and not old_gpu else "float32"
-    own_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(str(adapter) if own_tokenizer else base, args.chat_template, args)
-    return adapter, base, tokenizer
-
-
-def load_weights(adapter: Path | None, base: str, args: Any) -> Any:
-    """The model in eval mode, with its adapter; nf4: double quantisation, as the training scripts load it."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns on import that an optional package is missing
-    import torch
-    import transformers
-    from accelerate import PartialState
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")  # about calls between the two
-    transformers.utils.logging.disable_progress_bar()
-    device, dtype = PartialState().device, getattr(torch, args.dtype)
-    options: dict[str, Any] = {"revision": None if adapter else args.revision, "dtype": dtype}
-    if args.quant == "nf4":
-        options["device_map"] = {"": device}
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=["lm_head"],
-        )  # fmt: skip
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=args.trust_remote_code, **options)
-        model = PeftModel.from_pretrained(model.to(device), str(adapter)) if adapter else model.to(device)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"model {adapter or base}: can't be loaded ({str(error).splitlines()[0]})") from error
-    for module in model.modules():  # on CPUs with AVX512-BF16 bitsandbytes would repack 4-bit weights at the first
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # pass, and the logits move
-            module.support_avx512bf16_for_cpu = False
-            if device.type == "cpu" and module.in_features % 64 in (16, 32, 48):
-                raise UserError(f"model {base}: bitsandbytes misreads {module.in_features} inputs on CPU; --quant none")
-    if device.type == "cpu" and model.num_parameters() < 10**7:
-        torch.set_num_threads(1)  # so small a model gains little from threads, and loses much where cores are shared
-    return model.eval()
 
 
 def generate_batches(tasks: list[Task], adapter: Path | None, base: str, tokenizer: Any, args: Args) -> Iterator[Batch]:
@@ -484,21 +293,6 @@ def ask_server(tasks: list[Task], args: Args, failed: dict[str, list]) -> Iterat
 
 
 # ---------------------------------------------------------------------------------------------------------- output
-def write_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write under a temporary name, then rename: a killed run leaves the old file or the new one, never half of one."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    with temporary.open("rb") as stream:
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON; sets become sorted lists."""
-    text = json.dumps(
-        value, indent=1, ensure_ascii=False, default=lambda v: sorted(v) if isinstance(v, set) else str(v)
-    )
-    write_file(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
 
 
 def read_done(path: Path, tasks: list[Task], settings: dict) -> dict[tuple[str, int], dict]:

@@ -36,13 +36,12 @@ Writes length_bias.json beside the input; shares are in [0, 1].
 
 import json
 import math
-import os
 import re
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -54,9 +53,14 @@ import statsmodels.api as sm
 from scipy import stats
 from scipy.special import expit
 from statsmodels.stats.proportion import proportion_confint
-from transformers import HfArgumentParser
 
-DEFAULT = Path("runs/judge/judgments.jsonl")  # where judge.py writes, below the current folder
+if not __package__:  # run as a file or imported by its bare name: it belongs to the package eval all the same
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    __package__ = "eval"
+
+from .common import DEFAULT, arg, bootstrap_ids, load_function, plain_values, read_jsonl, run_tool, turn_of, UserError
+from .common import without_nan, write_json
+
 FORMS = {  # form -> keys that every row has; the first form whose first key the first row has
     "scored pairs": ("chosen_score", "rejected_score"),
     "preferences": ("chosen", "rejected"),
@@ -67,14 +71,6 @@ CAUTION = "It can't tell bias from merit: longer answers may win because they sa
 
 
 # ------------------------------------------------------------------------------------------------------------ arguments
-class UserError(Exception):
-    """A mistake in what the user gave, printed as one line: what, where, what was expected, what to do."""
-
-
-def arg(default: Any, help: str) -> Any:
-    """One dataclass field = one command-line flag with its --help text."""
-    text = {"help": help.replace("%", "%%")}
-    return field(default_factory=default, metadata=text) if callable(default) else field(default=default, metadata=text)
 
 
 @dataclass
@@ -84,26 +80,6 @@ class Args:
     bootstrap: int = arg(1000, "resamples for the intervals of Spearman and of what length explains")
     seed: int = arg(0, "of every bootstrap")
     output: str | None = arg(None, "result file (default: length_bias.json beside the input)")
-
-
-def run_tool(main: Callable, args_class: Any, files: str = "") -> None:
-    """Parse the command line into `args_class` and run `main`: mistakes of the user are one line, not a traceback.
-
-    `files` is the help text of the positional paths, main's second argument; "" where a tool takes none.
-    """
-    tool = Path(sys.argv[0]).name
-    parser = HfArgumentParser(args_class, description=main.__doc__, allow_abbrev=False)
-    if files:
-        parser.add_argument("files", nargs="*", help=files)
-    try:
-        args, *rest = parser.parse_args_into_dataclasses(look_for_args_file=False)
-    except ValueError as error:  # an unknown flag
-        print(f"{tool}: {error}; `python {tool} --help` lists the flags", file=sys.stderr)
-        sys.exit(2)
-    try:
-        main(args, *(namespace.files for namespace in rest))
-    except UserError as error:
-        sys.exit(f"{tool}: {error}")
 
 
 # ------------------------------------------------------------------------------------------------------------ the maths
@@ -212,26 +188,6 @@ def explained_by_length(pairs: Pairs) -> float:
     return math.nan if fit is None else float(np.mean(pairs.p) - expit(fit.params[-1]))
 
 
-def bootstrap_ids(statistic: Callable[[np.ndarray], float], ids: np.ndarray, resamples: int, seed: int) -> dict:
-    """Standard error and percentile interval of statistic(row indices) when ids are drawn with replacement.
-
-    `failed` counts the resamples whose statistic is NaN; they are left out.
-
-    >>> values = np.arange(100) / 100  # SE of the mean: 0.0289
-    >>> round(bootstrap_ids(lambda rows: values[rows].mean(), np.arange(100), 2000, 0)["standard_error"], 3)
-    0.029
-    """
-    rng = np.random.default_rng(seed)
-    _, place = np.unique(ids, return_inverse=True)
-    members = np.split(np.argsort(place, kind="stable"), np.cumsum(np.bincount(place))[:-1])
-    draws = [rng.integers(len(members), size=len(members)) for _ in range(resamples)]
-    values = np.array([statistic(np.concatenate([members[i] for i in draw])) for draw in draws])
-    known = values[~np.isnan(values)]
-    error = float(np.std(known, ddof=1)) if len(known) > 1 else math.nan
-    low, high = np.percentile(known, [2.5, 97.5]) if len(known) > 1 else (math.nan, math.nan)
-    return {"standard_error": error, "ci_low": float(low), "ci_high": float(high), "failed": resamples - len(known)}
-
-
 def over_questions(statistic: Callable[[Pairs], float], pairs: Pairs, args: Args) -> dict[str, float]:
     """The statistic with standard error and percentile interval from resampled questions."""
     value = statistic(pairs)
@@ -265,64 +221,7 @@ def length_bias(pairs: Pairs, args: Args) -> dict[str, Any]:
     return result
 
 
-def without_nan(value: Any) -> Any:
-    """The same dict with null for what could not be estimated, as JSON wants it."""
-    if isinstance(value, dict):
-        return {name: without_nan(item) for name, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 # -------------------------------------------------------------------------------------------------------------- reading
-def load_function(spec: str) -> Callable:
-    """The function that `file.py:function` names."""
-    import importlib.util
-
-    file, _, name = spec.rpartition(":")
-    if not Path(file).is_file():
-        raise UserError(f"{spec}: no such file; expected file.py:function")
-    module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    assert module_spec is not None and module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(f"{spec}: {file} can't be loaded ({type(error).__name__}: {error})") from error
-    if not callable(getattr(module, name, None)):
-        raise UserError(f"{spec}: {file} has no function {name}")
-    return getattr(module, name)
-
-
-def read_jsonl(source: str, needed: tuple[str, ...]) -> list[dict]:
-    """Rows of a .jsonl file, each with the keys `needed`; "_line" is the line number, from 1.
-
-    Errors: no such file; a line that is not a JSON object or lacks a key, by its number.
-    """
-    path = Path(source)
-    if not path.is_file():
-        raise UserError(f"{source}: no such file")
-    rows: list[dict] = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:  # an integer beyond the range of floats becomes inf, as 1e999 does
-            row = json.loads(line, parse_int=lambda text: int(text) if len(text) < 309 else float(text))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{source}, line {number}: not JSON, or half a line ({line[:60]!r})") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{source}, line {number}: expected a JSON object, found {line[:60]!r}")
-        if missing := [name for name in needed if name not in row]:
-            raise UserError(f"{source}, line {number}: no key {', '.join(missing)}; keys found: {', '.join(row)}")
-        rows.append({**row, "_line": number})
-    if not rows:
-        raise UserError(f"{source}: no rows")
-    return rows
-
-
-def plain_values(row: dict, where: str, *names: str) -> None:
-    """A UserError where one of these keys, a name or a count, holds a list or an object."""
-    for name in names:
-        if isinstance(row.get(name), list | dict):
-            raise UserError(f"{where}: {name} is {str(row[name])[:60]!r}, expected a string or a number")
 
 
 class Lost(Exception):
@@ -426,11 +325,6 @@ def score_pair(a: dict, b: dict) -> Comparison:
     texts = () if None in given else (str(given[0]), str(given[1]))
     length = a["_length"] - b["_length"]
     return Comparison(str(a["id"]), a["score"] - b["score"], length, (a, b), a.get("prompt"), texts)
-
-
-def turn_of(row: dict) -> str:
-    """The turn of a row; "1" where it names none."""
-    return "1" if row.get("turn") is None else str(row["turn"])
 
 
 def by_question(rows: list[dict]) -> list[dict[str, dict]]:
@@ -558,23 +452,6 @@ def report_bias(r: dict[str, Any]) -> list[str]:
         lines.append(line_of("explained by length", r["explained_by_length"]))
     counts = {name: r[name] for name in ("pairs", "questions", "equal_length", "ties") if name in r}
     return [*lines, ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items())]
-
-
-def write_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write under a temporary name, then rename: a killed run leaves the old file or the new one, never half of one."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    with temporary.open("rb") as stream:
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON; sets become sorted lists."""
-    text = json.dumps(
-        value, indent=1, ensure_ascii=False, default=lambda v: sorted(v) if isinstance(v, set) else str(v)
-    )
-    write_file(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
 
 
 # --------------------------------------------------------------------------------------- Hugging Face evaluate's module

@@ -36,32 +36,27 @@ What it can't tell: whether gold is what you want; it is one more measure, only 
 
 import json
 import math
-import os
 import sys
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy import optimize, special, stats
-from transformers import HfArgumentParser
+
+if not __package__:  # run as a file or imported by its bare name: it belongs to the package eval all the same
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    __package__ = "eval"
+
+from .common import arg, load_function, read_jsonl, run_tool, UserError, write_file, write_json
 
 RUN = Path("runs/ppo")  # where ppo.py writes, below the current folder
 LEAST_STEPS = 5  # for a curve of three parameters
 
 
 # ------------------------------------------------------------------------------------------------------------ arguments
-class UserError(Exception):
-    """A mistake in what the user gave, printed as one line: what, where, what was expected, what to do."""
-
-
-def arg(default: Any, help: str) -> Any:
-    """One dataclass field = one command-line flag with its --help text."""
-    text = {"help": help.replace("%", "%%")}
-    return field(default_factory=default, metadata=text) if callable(default) else field(default=default, metadata=text)
 
 
 @dataclass
@@ -73,26 +68,6 @@ class Args:
     bootstrap: int = arg(500, "resamples for the intervals of the fit")
     seed: int = arg(0, "seed of the resampling")
     output: str | None = arg(None, "result file; default: overoptimization.json beside the input; the plot is .png")
-
-
-def run_tool(main: Callable, args_class: Any, files: str = "") -> None:
-    """Parse the command line into `args_class` and run `main`: mistakes of the user are one line, not a traceback.
-
-    `files` is the help text of the positional paths, main's second argument; "" where a tool takes none.
-    """
-    tool = Path(sys.argv[0]).name
-    parser = HfArgumentParser(args_class, description=main.__doc__, allow_abbrev=False)
-    if files:
-        parser.add_argument("files", nargs="*", help=files)
-    try:
-        args, *rest = parser.parse_args_into_dataclasses(look_for_args_file=False)
-    except ValueError as error:  # an unknown flag
-        print(f"{tool}: {error}; `python {tool} --help` lists the flags", file=sys.stderr)
-        sys.exit(2)
-    try:
-        main(args, *(namespace.files for namespace in rest))
-    except UserError as error:
-        sys.exit(f"{tool}: {error}")
 
 
 # ------------------------------------------------------------------------------------------------------------ the maths
@@ -233,49 +208,6 @@ def describe_fit(estimate: np.ndarray, draws: np.ndarray, rl: bool, over_runs: b
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
-def read_jsonl(source: str, needed: tuple[str, ...]) -> list[dict]:
-    """Rows of a .jsonl file, each with the keys `needed`; "_line" is the line number, from 1.
-
-    Errors: no such file; a line that is not a JSON object or lacks a key, by its number.
-    """
-    path = Path(source)
-    if not path.is_file():
-        raise UserError(f"{source}: no such file")
-    rows: list[dict] = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:  # an integer beyond the range of floats becomes inf, as 1e999 does
-            row = json.loads(line, parse_int=lambda text: int(text) if len(text) < 309 else float(text))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{source}, line {number}: not JSON, or half a line ({line[:60]!r})") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{source}, line {number}: expected a JSON object, found {line[:60]!r}")
-        if missing := [name for name in needed if name not in row]:
-            raise UserError(f"{source}, line {number}: no key {', '.join(missing)}; keys found: {', '.join(row)}")
-        rows.append({**row, "_line": number})
-    if not rows:
-        raise UserError(f"{source}: no rows")
-    return rows
-
-
-def load_function(spec: str) -> Callable:
-    """The function that `file.py:function` names."""
-    import importlib.util
-
-    file, _, name = spec.rpartition(":")
-    if not Path(file).is_file():
-        raise UserError(f"{spec}: no such file; expected file.py:function")
-    module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    assert module_spec is not None and module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(f"{spec}: {file} can't be loaded ({type(error).__name__}: {error})") from error
-    if not callable(getattr(module, name, None)):
-        raise UserError(f"{spec}: {file} has no function {name}")
-    return getattr(module, name)
 
 
 def number_or_none(row: dict, name: str, place: str) -> float | None:
@@ -490,23 +422,6 @@ def plot_result(path: Path, result: dict[str, Any]) -> None:
     figure.tight_layout()
     write_file(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
     pyplot.close(figure)
-
-
-def write_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write under a temporary name, then rename: a killed run leaves the old file or the new one, never half of one."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    with temporary.open("rb") as stream:
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON; sets become sorted lists."""
-    text = json.dumps(
-        value, indent=1, ensure_ascii=False, default=lambda v: sorted(v) if isinstance(v, set) else str(v)
-    )
-    write_file(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
 
 
 def main(args: Args, files: list[str]) -> dict[str, Any]:

@@ -35,39 +35,32 @@ pairwise judgments, rows {"question_id", "model_1", "model_2", "g1_winner", "g2_
 What it can't tell: why a model wins. Length, style and the judge's own taste are in the strengths.
 """
 
-import json
 import math
-import os
 import sys
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import statsmodels.api as sm
 from scipy import linalg, optimize, sparse, special
-from transformers import HfArgumentParser
+
+if not __package__:  # run as a file or imported by its bare name: it belongs to the package eval all the same
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    __package__ = "eval"
+
+from .common import arg, read_votes, run_tool, UserError, write_file, write_json
 
 JUDGMENTS = Path("runs/judge/judgments.jsonl")  # where judge.py writes, below the current folder
 ELO = 400 / math.log(10)  # points per unit of log-odds
 MARKERS = {"above": ">", "below": "<", "unknown": "x", None: "o"}  # of a strength without a bound on that side
 ERRORS = ("iid", "clustered")
 RIDGE = 0.5  # wins and losses against an average model, for every model where a strength would be infinite
-FASTCHAT = {"model_1": 1.0, "model_2": 0.0, "tie": 0.5, "error": None}  # its verdicts: chance that model_1 wins
 
 
 # ------------------------------------------------------------------------------------------------------------ arguments
-class UserError(Exception):
-    """A mistake in what the user gave, printed as one line: what, where, what was expected, what to do."""
-
-
-def arg(default: Any, help: str) -> Any:
-    """One dataclass field = one command-line flag with its --help text."""
-    text = {"help": help.replace("%", "%%")}
-    return field(default_factory=default, metadata=text) if callable(default) else field(default=default, metadata=text)
 
 
 @dataclass
@@ -79,26 +72,6 @@ class Args:
     bootstrap: int = arg(500, "refits on resampled questions for intervals and ranks")
     seed: int = arg(0, "seed of the resampling")
     output: str | None = arg(None, "result file; default: ranking.json beside the first input; the plot is .png")
-
-
-def run_tool(main: Callable, args_class: Any, files: str = "") -> None:
-    """Parse the command line into `args_class` and run `main`: mistakes of the user are one line, not a traceback.
-
-    `files` is the help text of the positional paths, main's second argument; "" where a tool takes none.
-    """
-    tool = Path(sys.argv[0]).name
-    parser = HfArgumentParser(args_class, description=main.__doc__, allow_abbrev=False)
-    if files:
-        parser.add_argument("files", nargs="*", help=files)
-    try:
-        args, *rest = parser.parse_args_into_dataclasses(look_for_args_file=False)
-    except ValueError as error:  # an unknown flag
-        print(f"{tool}: {error}; `python {tool} --help` lists the flags", file=sys.stderr)
-        sys.exit(2)
-    try:
-        main(args, *(namespace.files for namespace in rest))
-    except UserError as error:
-        sys.exit(f"{tool}: {error}")
 
 
 # ------------------------------------------------------------------------------------------------------------ the maths
@@ -230,68 +203,6 @@ def mt_bench_verdict(preferences: list[float]) -> float:
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
-def read_jsonl(source: str, needed: tuple[str, ...]) -> list[dict]:
-    """Rows of a .jsonl file, each with the keys `needed`; "_line" is the line number, from 1.
-
-    Errors: no such file; a line that is not a JSON object or lacks a key, by its number.
-    """
-    path = Path(source)
-    if not path.is_file():
-        raise UserError(f"{source}: no such file")
-    rows: list[dict] = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:  # an integer beyond the range of floats becomes inf, as 1e999 does
-            row = json.loads(line, parse_int=lambda text: int(text) if len(text) < 309 else float(text))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{source}, line {number}: not JSON, or half a line ({line[:60]!r})") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{source}, line {number}: expected a JSON object, found {line[:60]!r}")
-        if missing := [name for name in needed if name not in row]:
-            raise UserError(f"{source}, line {number}: no key {', '.join(missing)}; keys found: {', '.join(row)}")
-        rows.append({**row, "_line": number})
-    if not rows:
-        raise UserError(f"{source}: no rows")
-    return rows
-
-
-def plain_values(row: dict, where: str, *names: str) -> None:
-    """A UserError where one of these keys, a name or a count, holds a list or an object."""
-    for name in names:
-        if isinstance(row.get(name), list | dict):
-            raise UserError(f"{where}: {name} is {str(row[name])[:60]!r}, expected a string or a number")
-
-
-def read_votes(source: str) -> list[dict]:
-    """Rows of a judgment file, checked; a row of FastChat's becomes one of each order.
-
-    Errors, with file and line: a preference that is no number in [0, 1], a winner that FastChat does not know, an order
-    that is neither "ab" nor "ba", an id that is neither a string nor an integer, a name that is a list or an object.
-    """
-    if "g1_winner" in read_jsonl(source, ())[0]:
-        rows = []
-        for game in read_jsonl(source, ("question_id", "model_1", "model_2", "g1_winner", "g2_winner")):
-            judge = game.get("judge")  # a list of the judge and the name of its prompt
-            game |= {"judge": judge[0] if isinstance(judge, list) and judge else judge}
-            game |= {"id": game["question_id"], "model_a": game["model_1"], "model_b": game["model_2"]}
-            for shown, name in (("ab", "g1_winner"), ("ba", "g2_winner")):
-                if not isinstance(winner := game[name], str) or winner not in FASTCHAT:
-                    told = f"{name} is {str(winner)[:60]!r}, expected one of {', '.join(FASTCHAT)}"
-                    raise UserError(f"{source}, line {game['_line']}: {told}")
-                rows.append(game | {"order": shown, "preference": FASTCHAT[winner]})
-    else:
-        rows = read_jsonl(source, ("id", "preference"))
-    for row in rows:
-        p, order, place = row["preference"], row.get("order"), f"{source}, line {row['_line']}"
-        if isinstance(row["id"], bool) or not isinstance(row["id"], str | int):
-            raise UserError(f"{place}: id is {str(row['id'])[:60]!r}, expected a string or an integer")
-        plain_values(row, place, "turn", "judge", "model_a", "model_b")
-        if p is not None and (isinstance(p, bool) or not isinstance(p, int | float) or not 0 <= p <= 1):
-            raise UserError(f"{place}: preference {p!r}; expected a number in [0, 1] (chance that A wins) or null")
-        if order not in ("ab", "ba", None):
-            raise UserError(f"{place}: order {order!r}; expected 'ab' or 'ba'")
-    return rows
 
 
 def read_comparisons(files: list[str], judge: str | None) -> tuple[dict[tuple, dict], Counter, int]:
@@ -524,23 +435,6 @@ def plot_ranking(path: Path, result: dict[str, Any]) -> None:
     figure.tight_layout()
     write_file(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
     pyplot.close(figure)
-
-
-def write_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write under a temporary name, then rename: a killed run leaves the old file or the new one, never half of one."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    with temporary.open("rb") as stream:
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON; sets become sorted lists."""
-    text = json.dumps(
-        value, indent=1, ensure_ascii=False, default=lambda v: sorted(v) if isinstance(v, set) else str(v)
-    )
-    write_file(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
 
 
 def main(args: Args, files: list[str]) -> dict[str, Any]:

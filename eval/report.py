@@ -32,8 +32,6 @@ import base64
 import html
 import io
 import json
-import math
-import os
 import re
 import sys
 import warnings
@@ -44,10 +42,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
-from transformers import HfArgumentParser
 
-TINY = Path(__file__).resolve().parents[1] / "tiny"
+if not __package__:  # run as a file or imported by its bare name: it belongs to the package eval all the same
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    __package__ = "eval"
+
+from .common import TINY, arg, mean_interval, run_tool, UserError, write_file
+
 STAGES = ("sft", "reward", "ppo", "dpo", "grpo")
 NO_RESULTS = {
     f"{name}.json" for name in ("args", "report", "tokenizer", "tokenizer_config", "adapter_config", "config")
@@ -159,14 +160,6 @@ grid-template-columns:repeat(auto-fit,minmax(min(17rem,100%),1fr))}.text{white-s
 
 
 # ------------------------------------------------------------------------------------------------------------ arguments
-class UserError(Exception):
-    """A mistake in what the user gave, printed as one line: what, where, what was expected, what to do."""
-
-
-def arg(default: Any, help: str) -> Any:
-    """One dataclass field = one command-line flag with its --help text."""
-    text = {"help": help.replace("%", "%%")}
-    return field(default_factory=default, metadata=text) if callable(default) else field(default=default, metadata=text)
 
 
 @dataclass
@@ -174,26 +167,6 @@ class Args:
     output: str = arg("runs/report.html", "the page")
     responses: list[str] | None = arg(None, "further files of responses, for the texts of judged pairs")
     samples: int = arg(8, "sample pairs shown per file")
-
-
-def run_tool(main: Callable, args_class: Any, files: str = "") -> None:
-    """Parse the command line into `args_class` and run `main`: mistakes of the user are one line, not a traceback.
-
-    `files` is the help text of the positional paths, main's second argument; "" where a tool takes none.
-    """
-    tool = Path(sys.argv[0]).name
-    parser = HfArgumentParser(args_class, description=main.__doc__, allow_abbrev=False)
-    if files:
-        parser.add_argument("files", nargs="*", help=files)
-    try:
-        args, *rest = parser.parse_args_into_dataclasses(look_for_args_file=False)
-    except ValueError as error:  # an unknown flag
-        print(f"{tool}: {error}; `python {tool} --help` lists the flags", file=sys.stderr)
-        sys.exit(2)
-    try:
-        main(args, *(namespace.files for namespace in rest))
-    except UserError as error:
-        sys.exit(f"{tool}: {error}")
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
@@ -304,18 +277,6 @@ def stage_of(folder: Folder) -> str:
 def is_number(value: Any) -> bool:
     """Whether it is a finite number; True and False are not."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
-
-
-def mean_interval(values: np.ndarray) -> dict[str, float]:
-    """n, mean, standard_error and 95 % interval of a mean over questions (central limit theorem; arXiv:2411.00640).
-
-    >>> {name: round(value, 3) for name, value in mean_interval(np.array([0.0, 1.0, 1.0, 1.0])).items()}
-    {'n': 4, 'mean': 0.75, 'standard_error': 0.25, 'ci_low': 0.26, 'ci_high': 1.24}
-    """
-    n, mean = len(values), float(np.mean(values)) if len(values) else math.nan
-    error = float(stats.sem(values)) if n > 1 else math.nan
-    low, high = stats.norm.interval(0.95, mean, error) if error > 0 else (mean if n > 1 else math.nan,) * 2
-    return {"n": n, "mean": mean, "standard_error": error, "ci_low": float(low), "ci_high": float(high)}
 
 
 class Label(str):
@@ -900,15 +861,6 @@ of prompts is not in them: for that, run again. Of many intervals one in twenty 
 {trouble if problems else ""}<section><h2>Overview</h2>{overview_html(sections, folders)}</section>
 {"".join(parts)}</body></html>
 """
-
-
-def write_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write under a temporary name, then rename: a killed run leaves the old file or the new one, never half of one."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    with temporary.open("rb") as stream:
-        os.fsync(stream.fileno())
-    temporary.replace(path)
 
 
 # ----------------------------------------------------------------------------------------------------------------- main

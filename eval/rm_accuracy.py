@@ -38,8 +38,8 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -52,15 +52,16 @@ from scipy.special import expit
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss
 from statsmodels.stats.proportion import proportion_confint
-from transformers import HfArgumentParser
 
-TINY = Path(__file__).resolve().parents[1] / "tiny"
+if not __package__:  # run as a file or imported by its bare name: it belongs to the package eval all the same
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    __package__ = "eval"
+
+from .common import PLAIN_TEMPLATE, TINY, arg, BadRow, encode_prompt, find_adapter, find_base, find_stop_ids
+from .common import load_function, mean_interval, read_jsonl, render, run_tool, to_messages, tokenize, UserError
+from .common import write_file, write_json
+
 HEAD_KEY = "base_model.model.score.weight"  # where AutoModelForSequenceClassification + PEFT look for the head
-PLAIN_TEMPLATE = (  # for models that come without a chat template: no new token is added to the vocabulary
-    "{% for m in messages %}{% if m['role'] == 'assistant' %}Assistant: {{ m['content'] }}{{ eos_token }}\n{% else %}"
-    "{{ m['role'] | capitalize }}: {{ m['content'] }}\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}Assistant:{% endif %}"
-)
 SECTIONS = {  # of RewardBench 1, by subset
     "Chat": "alpacaeval-easy alpacaeval-length alpacaeval-hard mt-bench-easy mt-bench-med",
     "Chat Hard": "mt-bench-hard llmbar-natural llmbar-adver-neighbor llmbar-adver-GPTInst llmbar-adver-GPTOut "
@@ -74,18 +75,6 @@ BATCH_CHECK = 64  # texts that are scored a second time one by one
 
 
 # ------------------------------------------------------------------------------------------------------------ arguments
-class UserError(Exception):
-    """A mistake in what the user gave, printed as one line: what, where, what was expected, what to do."""
-
-
-class BadRow(Exception):
-    """A row that can't be used: BadRow(reason, detail); rows are counted by reason, the first detail is shown."""
-
-
-def arg(default: Any, help: str) -> Any:
-    """One dataclass field = one command-line flag with its --help text."""
-    text = {"help": help.replace("%", "%%")}
-    return field(default_factory=default, metadata=text) if callable(default) else field(default=default, metadata=text)
 
 
 @dataclass
@@ -108,37 +97,7 @@ class Args:
     )
 
 
-def run_tool(main: Callable, args_class: Any, files: str = "") -> None:
-    """Parse the command line into `args_class` and run `main`: mistakes of the user are one line, not a traceback.
-
-    `files` is the help text of the positional paths, main's second argument; "" where a tool takes none.
-    """
-    tool = Path(sys.argv[0]).name
-    parser = HfArgumentParser(args_class, description=main.__doc__, allow_abbrev=False)
-    if files:
-        parser.add_argument("files", nargs="*", help=files)
-    try:
-        args, *rest = parser.parse_args_into_dataclasses(look_for_args_file=False)
-    except ValueError as error:  # an unknown flag
-        print(f"{tool}: {error}; `python {tool} --help` lists the flags", file=sys.stderr)
-        sys.exit(2)
-    try:
-        main(args, *(namespace.files for namespace in rest))
-    except UserError as error:
-        sys.exit(f"{tool}: {error}")
-
-
 # ------------------------------------------------------------------------------------------------------------ the maths
-def mean_interval(values: np.ndarray) -> dict[str, float]:
-    """n, mean, standard_error and 95 % interval of a mean over questions (central limit theorem; arXiv:2411.00640).
-
-    >>> {name: round(value, 3) for name, value in mean_interval(np.array([0.0, 1.0, 1.0, 1.0])).items()}
-    {'n': 4, 'mean': 0.75, 'standard_error': 0.25, 'ci_low': 0.26, 'ci_high': 1.24}
-    """
-    n, mean = len(values), float(np.mean(values)) if len(values) else math.nan
-    error = float(stats.sem(values)) if n > 1 else math.nan
-    low, high = stats.norm.interval(0.95, mean, error) if error > 0 else (mean if n > 1 else math.nan,) * 2
-    return {"n": n, "mean": mean, "standard_error": error, "ci_low": float(low), "ci_high": float(high)}
 
 
 def share_right(won: np.ndarray) -> dict[str, Any]:
@@ -378,39 +337,6 @@ class RmAccuracy(evaluate.Metric):
 
 
 # ----------------------------------------------------------------------------------------------------------------- data
-def read_jsonl(source: str, needed: tuple[str, ...]) -> list[dict]:
-    """Rows of a .jsonl file, each with the keys `needed`; "_line" is the line number, from 1.
-
-    Errors: no such file; a line that is not a JSON object or lacks a key, by its number.
-    """
-    path = Path(source)
-    if not path.is_file():
-        raise UserError(f"{source}: no such file")
-    rows: list[dict] = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:  # an integer beyond the range of floats becomes inf, as 1e999 does
-            row = json.loads(line, parse_int=lambda text: int(text) if len(text) < 309 else float(text))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{source}, line {number}: not JSON, or half a line ({line[:60]!r})") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{source}, line {number}: expected a JSON object, found {line[:60]!r}")
-        if missing := [name for name in needed if name not in row]:
-            raise UserError(f"{source}, line {number}: no key {', '.join(missing)}; keys found: {', '.join(row)}")
-        rows.append({**row, "_line": number})
-    if not rows:
-        raise UserError(f"{source}: no rows")
-    return rows
-
-
-def to_messages(prompt: str | list[dict]) -> list[dict]:
-    """A string prompt is one user message; a message list stays as it is."""
-    if isinstance(prompt, str):
-        return [{"role": "user", "content": prompt}]
-    if not isinstance(prompt, list) or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt):
-        raise BadRow("neither a string nor a message list", str(prompt)[:60])
-    return prompt
 
 
 def split_dialogue(dialogue: str | list[dict]) -> tuple[list[dict], str]:
@@ -550,30 +476,6 @@ def set_name(example: dict) -> str:
 
 
 # -------------------------------------------------------------------------------------------------------------- scoring
-def render(tokenizer: Any, messages: list[dict], add_generation_prompt: bool) -> str:
-    """The chat template's text; a template that refuses the messages (roles, order) makes the row a bad one."""
-    from jinja2 import TemplateError  # the chat template engine of transformers
-
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except (TemplateError, TypeError, KeyError, ValueError) as error:
-        raise BadRow("refused by the chat template", str(error)) from error
-
-
-def tokenize(tokenizer: Any, text: str) -> list[int]:
-    """Token ids with exactly one BOS where the tokenizer is one that adds it, whether the text has it or not."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    bos = tokenizer.bos_token_id
-    if bos is not None and tokenizer("a")["input_ids"][0] == bos and ids[:1] != [bos]:
-        ids = [bos] + ids
-    while bos is not None and ids[:2] == [bos, bos]:
-        ids = ids[1:]
-    return ids
-
-
-def encode_prompt(tokenizer: Any, prompt: str | list[dict]) -> list[int]:
-    """Token ids of a prompt up to the point where the assistant begins to write."""
-    return tokenize(tokenizer, render(tokenizer, to_messages(prompt), True))
 
 
 def encode_response(tokenizer: Any, prompt: str | list[dict], response: str, stop_ids: list[int]) -> list[int]:
@@ -597,48 +499,6 @@ def encode_response(tokenizer: Any, prompt: str | list[dict], response: str, sto
         ids = tokenizer(whole[len(before) :], add_special_tokens=False)["input_ids"]
     end = next((t for t, token in enumerate(ids) if token in stop_ids), None)
     return ids[: end + 1] if end is not None else [*ids, tokenizer.eos_token_id]
-
-
-def find_adapter(source: str, revision: str | None) -> Path | None:
-    """The folder of a PEFT adapter (a run folder or a hub id), None where `source` is a whole model."""
-    if Path(source).is_dir():
-        return Path(source) if (Path(source) / "adapter_config.json").is_file() else None
-    from transformers.utils import cached_file
-
-    try:
-        for name in ("args.json", "reward.json", "adapter_model.safetensors", "adapter_config.json"):
-            found = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False)
-        return Path(str(found)).parent if found else None
-    except OSError as error:
-        raise UserError(f"{source}: no such folder, and not to be had from the hub ({type(error).__name__})") from error
-
-
-def find_base(adapter: Path) -> str:
-    """The base that an adapter names; a relative path may also be relative to a parent of the adapter's folder."""
-    name = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
-    candidates = [Path(name), *(parent / name for parent in adapter.resolve().parents)]
-    found = next((path for path in candidates if (path / "config.json").is_file()), None)
-    if found is None and Path(name).is_absolute():
-        raise UserError(f"{adapter}/adapter_config.json: base model {name} is not there; move it back or edit it")
-    return str(found.resolve()) if found else name
-
-
-def find_stop_ids(tokenizer: Any, generation_config: Any) -> list[int]:
-    """Tokens that end a response: the tokenizer's EOS, the model's own list, and the template's end of turn."""
-    ids = {tokenizer.eos_token_id}
-    if generation_config is not None and generation_config.eos_token_id is not None:
-        eos = generation_config.eos_token_id
-        ids |= set(eos) if isinstance(eos, list) else {eos}
-    user = [{"role": "user", "content": "a"}]
-    try:
-        whole = render(tokenizer, [*user, {"role": "assistant", "content": "XYZ"}], False)
-    except BadRow as bad:
-        raise UserError(f"chat template: {bad.args[0]} ({bad.args[1]})") from bad
-    after = tokenizer(whole.rpartition("XYZ")[2].lstrip(), add_special_tokens=False)["input_ids"]
-    token = tokenizer.added_tokens_decoder.get(after[0]) if after else None
-    if token is not None and token.special:
-        ids.add(after[0])
-    return sorted(ids)
 
 
 def check_canaries(scores: list[float], card: dict, quant: str, dtype: str, where: str) -> None:
@@ -825,25 +685,6 @@ def score_ids(scorer: Scorer, texts: list[list[int]], batch_size: int) -> np.nda
     return scores
 
 
-def load_function(spec: str) -> Callable:
-    """The function that `file.py:function` names."""
-    import importlib.util
-
-    file, _, name = spec.rpartition(":")
-    if not Path(file).is_file():
-        raise UserError(f"{spec}: no such file; expected file.py:function")
-    module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    assert module_spec is not None and module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(f"{spec}: {file} can't be loaded ({type(error).__name__}: {error})") from error
-    if not callable(getattr(module, name, None)):
-        raise UserError(f"{spec}: {file} has no function {name}")
-    return getattr(module, name)
-
-
 def set_scores(examples: list[dict], key: str, values: np.ndarray) -> None:
     """Deal out the scores of all texts, in order, to their examples."""
     flow = iter(values.tolist())
@@ -897,21 +738,6 @@ def score_by_function(examples: list[dict], spec: str, lost: dict[str, list]) ->
 
 
 # --------------------------------------------------------------------------------------------------------------- result
-def write_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write under a temporary name, then rename: a killed run leaves the old file or the new one, never half of one."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    with temporary.open("rb") as stream:
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON; sets become sorted lists."""
-    text = json.dumps(
-        value, indent=1, ensure_ascii=False, default=lambda v: sorted(v) if isinstance(v, set) else str(v)
-    )
-    write_file(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
 
 
 def share_text(row: dict[str, Any]) -> str:

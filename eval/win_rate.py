@@ -49,12 +49,11 @@ import codecs
 import csv
 import json
 import math
-import os
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -66,9 +65,14 @@ from scipy import stats
 from scipy.special import expit
 from statsmodels.stats.power import TTestPower
 from statsmodels.stats.proportion import proportion_confint
-from transformers import HfArgumentParser
 
-DEFAULT = Path("runs/judge/judgments.jsonl")  # where judge.py writes, below the current folder
+if not __package__:  # run as a file or imported by its bare name: it belongs to the package eval all the same
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    __package__ = "eval"
+
+from .common import DEFAULT, FASTCHAT, arg, bootstrap_ids, mean_interval, plain_values, read_jsonl, run_tool, turn_of
+from .common import UserError, without_nan, write_json
+
 GAMED_WEIGHT = 0.1  # AlpacaEval's regulariser: 0.2 over its two gamed baselines
 SEPARATED = 15.0  # a fitted logit beyond this means that the likelihood has no maximum: the fit was on its way out
 OPTIONAL = ("error", "category", "prompt", "model_a", "model_b", "judge", "prompt_sha", "key")  # keys of a judgment
@@ -82,19 +86,10 @@ COLUMNS = {  # of compute: its name there -> the key of a judgment
     "ids": "id", "orders": "order", "turns": "turn", "categories": "category", "prompts": "prompt",
     "lengths_a": "length_a", "lengths_b": "length_b", "errors": "error",
 }  # fmt: skip
-FASTCHAT = {"model_1": 1.0, "model_2": 0.0, "tie": 0.5, "error": None}  # its verdicts: chance that model_1 wins
 LIMITS = "It can't tell whether people would agree: it is one judge's taste, on these prompts, against this opponent."
 
 
 # ------------------------------------------------------------------------------------------------------------ arguments
-class UserError(Exception):
-    """A mistake in what the user gave, printed as one line: what, where, what was expected, what to do."""
-
-
-def arg(default: Any, help: str) -> Any:
-    """One dataclass field = one command-line flag with its --help text."""
-    text = {"help": help.replace("%", "%%")}
-    return field(default_factory=default, metadata=text) if callable(default) else field(default=default, metadata=text)
 
 
 @dataclass
@@ -111,37 +106,7 @@ class Args:
     output: str | None = arg(None, "result file (default: win_rate.json beside the first input)")
 
 
-def run_tool(main: Callable, args_class: Any, files: str = "") -> None:
-    """Parse the command line into `args_class` and run `main`: mistakes of the user are one line, not a traceback.
-
-    `files` is the help text of the positional paths, main's second argument; "" where a tool takes none.
-    """
-    tool = Path(sys.argv[0]).name
-    parser = HfArgumentParser(args_class, description=main.__doc__, allow_abbrev=False)
-    if files:
-        parser.add_argument("files", nargs="*", help=files)
-    try:
-        args, *rest = parser.parse_args_into_dataclasses(look_for_args_file=False)
-    except ValueError as error:  # an unknown flag
-        print(f"{tool}: {error}; `python {tool} --help` lists the flags", file=sys.stderr)
-        sys.exit(2)
-    try:
-        main(args, *(namespace.files for namespace in rest))
-    except UserError as error:
-        sys.exit(f"{tool}: {error}")
-
-
 # ------------------------------------------------------------------------------------------------------------ the maths
-def mean_interval(values: np.ndarray) -> dict[str, float]:
-    """n, mean, standard_error and 95 % interval of a mean over questions (central limit theorem; arXiv:2411.00640).
-
-    >>> {name: round(value, 3) for name, value in mean_interval(np.array([0.0, 1.0, 1.0, 1.0])).items()}
-    {'n': 4, 'mean': 0.75, 'standard_error': 0.25, 'ci_low': 0.26, 'ci_high': 1.24}
-    """
-    n, mean = len(values), float(np.mean(values)) if len(values) else math.nan
-    error = float(stats.sem(values)) if n > 1 else math.nan
-    low, high = stats.norm.interval(0.95, mean, error) if error > 0 else (mean if n > 1 else math.nan,) * 2
-    return {"n": n, "mean": mean, "standard_error": error, "ci_low": float(low), "ci_high": float(high)}
 
 
 def average_orders(ab: np.ndarray, ba: np.ndarray, both_shown: bool) -> np.ndarray:
@@ -291,26 +256,6 @@ def lc_alpaca_eval(
     return float(np.mean(expit(rows[:, 1:] @ result.params[1:]))), result.params
 
 
-def bootstrap_ids(statistic: Callable[[np.ndarray], float], ids: np.ndarray, resamples: int, seed: int) -> dict:
-    """Standard error and percentile interval of statistic(row indices) when ids are drawn with replacement.
-
-    `failed` counts the resamples whose statistic is NaN; they are left out.
-
-    >>> values = np.arange(100) / 100  # SE of the mean: 0.0289
-    >>> round(bootstrap_ids(lambda rows: values[rows].mean(), np.arange(100), 2000, 0)["standard_error"], 3)
-    0.029
-    """
-    rng = np.random.default_rng(seed)
-    _, place = np.unique(ids, return_inverse=True)
-    members = np.split(np.argsort(place, kind="stable"), np.cumsum(np.bincount(place))[:-1])
-    draws = [rng.integers(len(members), size=len(members)) for _ in range(resamples)]
-    values = np.array([statistic(np.concatenate([members[i] for i in draw])) for draw in draws])
-    known = values[~np.isnan(values)]
-    error = float(np.std(known, ddof=1)) if len(known) > 1 else math.nan
-    low, high = np.percentile(known, [2.5, 97.5]) if len(known) > 1 else (math.nan, math.nan)
-    return {"standard_error": error, "ci_low": float(low), "ci_high": float(high), "failed": resamples - len(known)}
-
-
 def paired_difference(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
     """mean(a) - mean(b) on the same n ids: paired and unpaired standard error, 95 % interval and p (Student's t).
 
@@ -333,37 +278,6 @@ def paired_difference(a: np.ndarray, b: np.ndarray) -> dict[str, Any]:
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
-def read_jsonl(source: str, needed: tuple[str, ...]) -> list[dict]:
-    """Rows of a .jsonl file, each with the keys `needed`; "_line" is the line number, from 1.
-
-    Errors: no such file; a line that is not a JSON object or lacks a key, by its number.
-    """
-    path = Path(source)
-    if not path.is_file():
-        raise UserError(f"{source}: no such file")
-    rows: list[dict] = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:  # an integer beyond the range of floats becomes inf, as 1e999 does
-            row = json.loads(line, parse_int=lambda text: int(text) if len(text) < 309 else float(text))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{source}, line {number}: not JSON, or half a line ({line[:60]!r})") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{source}, line {number}: expected a JSON object, found {line[:60]!r}")
-        if missing := [name for name in needed if name not in row]:
-            raise UserError(f"{source}, line {number}: no key {', '.join(missing)}; keys found: {', '.join(row)}")
-        rows.append({**row, "_line": number})
-    if not rows:
-        raise UserError(f"{source}: no rows")
-    return rows
-
-
-def plain_values(row: dict, where: str, *names: str) -> None:
-    """A UserError where one of these keys, a name or a count, holds a list or an object."""
-    for name in names:
-        if isinstance(row.get(name), list | dict):
-            raise UserError(f"{where}: {name} is {str(row[name])[:60]!r}, expected a string or a number")
 
 
 def in_range(value: Any, where: str, name: str, low: float, high: float) -> float | None:
@@ -373,11 +287,6 @@ def in_range(value: Any, where: str, name: str, low: float, high: float) -> floa
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
         raise UserError(f"{where}: {name} is {value!r}, expected a number in [{low:g}, {high:g}] or null")
     return float(value)
-
-
-def turn_of(row: dict) -> str:
-    """The turn of a row; "1" where it names none."""
-    return "1" if row.get("turn") is None else str(row["turn"])
 
 
 def judgment(row: dict, where: str) -> dict:
@@ -610,13 +519,6 @@ def length_controlled(questions: Questions, values: np.ndarray, args: Args) -> d
     return result | {name: 100 * x for name, x in numbers.items()} | {"lc_failed_resamples": spread["failed"]}
 
 
-def without_nan(value: Any) -> Any:
-    """The same dict with null for what could not be estimated, as JSON wants it."""
-    if isinstance(value, dict):
-        return {name: without_nan(item) for name, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def summarise(rows: list[dict], args: Args) -> tuple[dict[str, Any], dict[tuple, tuple[float, dict]]]:
     """(everything about one pair of models, (preference, row) of each (id, turn)): for command line and module.
 
@@ -780,23 +682,6 @@ def report_ratings(r: dict[str, Any]) -> list[str]:
         lines.append(table_row(model, part["mean"], part["ci_low"], part["ci_high"], rest))
     lines.append(joined(r, "repeated_rows", "other_runs"))
     return [*lines, "It can't tell whether a point of this judge is worth anything to people."]
-
-
-def write_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write under a temporary name, then rename: a killed run leaves the old file or the new one, never half of one."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    with temporary.open("rb") as stream:
-        os.fsync(stream.fileno())
-    temporary.replace(path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON; sets become sorted lists."""
-    text = json.dumps(
-        value, indent=1, ensure_ascii=False, default=lambda v: sorted(v) if isinstance(v, set) else str(v)
-    )
-    write_file(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
 
 
 # --------------------------------------------------------------------------------------- Hugging Face evaluate's module

@@ -23,7 +23,7 @@ else:
     OWN_CACHE = ""
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"  # real tokenizers, templates and data that do not belong to the repository
-sys.path[:0] = [str(ROOT), str(ROOT / "eval")]
+sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402

@@ -8,12 +8,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-import agreement
 import numpy as np
 import pytest
-from agreement import Args, UserError
 from conftest import ROOT, read_jsonl, shared_or_skip, write_jsonl
 from sklearn.metrics import cohen_kappa_score
+
+from eval import agreement
+from eval.agreement import Args, UserError
 
 JUDGES = [f"{judge}/{prompt}" for judge in ("GPT-4", "ChatGPT", "LLaMA2", "PaLM2")
           for prompt in ("Metrics_Reference", "Vanilla_NoRules")]  # fmt: skip

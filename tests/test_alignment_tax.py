@@ -12,13 +12,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import alignment_tax as tax
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, make_adapter, read_jsonl, shared_or_skip, write_jsonl, write_run
 from scipy import stats
 from statsmodels.stats.weightstats import DescrStatsW
+
+from eval import alignment_tax as tax
+from eval.common import PLAIN_TEMPLATE
 
 NUMERIC = f"{ROOT / 'rewards' / 'math.py'}:numeric"
 TEXTS = ("The fox is red and the otter eats fish.", "What sound does the deer make? It makes a click, I think.", "No.")
@@ -227,7 +229,7 @@ def test_other_template_is_said(sft_run: Path, ppo_run: Path, tmp_path: Path, ca
     """Models that read other tokens are not compared per token without a word."""
     after = tmp_path / "after"
     shutil.copytree(ppo_run, after)
-    (after / "chat_template.jinja").write_text(tax.PLAIN_TEMPLATE)
+    (after / "chat_template.jinja").write_text(PLAIN_TEMPLATE)
     source = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "Hello?", "completion": t} for t in TEXTS])
     result = tax.main(tax.Args(before=str(sft_run), after=str(after), text=str(source)))
     assert not result["text"]["same_tokens"] and "compare bits per byte" in capsys.readouterr().out

@@ -10,16 +10,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import judge
-import length_bias
 import pytest
-import rm_accuracy
-import win_rate
 from conftest import ROOT
+
+from eval import judge, length_bias, rm_accuracy, win_rate
 
 README = ROOT / "eval" / "README.md"
 TEXT = README.read_text(encoding="utf-8")
-TOOLS = sorted((ROOT / "eval").glob("*.py"))
+TOOLS = sorted(path for path in (ROOT / "eval").glob("*.py") if path.stem not in ("common", "__init__"))
 JUDGMENTS = "runs/judge/judgments.jsonl"
 # they need a long run, a server, or all of runs/
 NOT_ALONE = ("runs/ppo", "alignment_tax.py", "localhost", "echo $?", "report.py")

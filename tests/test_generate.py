@@ -18,12 +18,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import generate
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, read_jsonl, write_jsonl
 from scipy import stats
+from transformers import AutoTokenizer
+
+from eval import generate
 
 KEY = "sk-a-secret-that-no-file-may-hold"
 
@@ -129,7 +131,7 @@ def test_generation_config_of_the_model_is_not_used(respond: Callable, base: Pat
     theirs = respond(model=str(folder), temperature=1.0, output=str(tmp_path / "strict.jsonl"))
     assert texts(theirs) == texts(ours)
     first = Counter(text.split()[0] for text in texts(ours).values() if text.split()).most_common(1)[0][0]
-    token = generate.AutoTokenizer.from_pretrained(base)(" " + first)["input_ids"][-1]
+    token = AutoTokenizer.from_pretrained(base)(" " + first)["input_ids"][-1]
     (folder / "generation_config.json").write_text(json.dumps({**config, "eos_token_id": [1, token]}))
     stopped = respond(model=str(folder), temperature=1.0, output=str(tmp_path / "stopped.jsonl"))
     assert sum(row["tokens"] for row in stopped) < sum(row["tokens"] for row in ours)
@@ -363,10 +365,12 @@ def test_reward_models_are_refused(reward_run: Path, respond: Callable) -> None:
 
 
 def test_copied_alone(sft_run: Path, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The file alone in an empty folder works; its defaults, which are not there, are one clear line."""
+    """The folder alone works; its defaults, which are not there, are one clear line."""
     alone, rows = tmp_path / "alone" / "eval", read_jsonl(world / "prompts.jsonl")
-    alone.mkdir(parents=True)
-    spec = importlib.util.spec_from_file_location("alone", shutil.copy(ROOT / "eval" / "generate.py", alone))
+    shutil.copytree(ROOT / "eval", alone, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "eval"]:
+        monkeypatch.delitem(sys.modules, name)
+    spec = importlib.util.spec_from_file_location("alone", alone / "generate.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setattr(sys, "path", [folder for folder in sys.path if not folder.startswith(str(ROOT))])

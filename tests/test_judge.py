@@ -11,9 +11,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import judge
 import pytest
 from conftest import ROOT, read_jsonl, shared_or_skip, write_jsonl
+
+from eval import judge
 
 A_WINS, B_WINS, TIE = 1.0, 0.0, 0.5
 

@@ -20,11 +20,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import judge
 import openai
 import openai._base_client
 import pytest
 from conftest import ROOT, read_jsonl, write_jsonl
+
+from eval import judge
 
 USAGE = {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120}
 KEY = "sk-very-secret-0123456789"

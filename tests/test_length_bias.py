@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import evaluate
-import length_bias
 import numpy as np
 import pytest
 import statsmodels.formula.api as smf
 from conftest import ROOT, read_jsonl, shared_or_skip, write_jsonl
 from scipy import stats
 from scipy.special import expit
+
+from eval import length_bias
 
 TINY = ROOT / "tiny"
 GOLD = f"{TINY / 'annotator.py'}:gold"

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import overoptimization
 import pytest
 from conftest import ROOT, read_jsonl, write_jsonl
-from overoptimization import Args, UserError, best_of_n, best_of_n_kl, best_of_n_weights, fit_curve, gain_rl, peak
 from scipy import integrate
+
+from eval import overoptimization
+from eval.overoptimization import Args, UserError, best_of_n, best_of_n_kl, best_of_n_weights, fit_curve, gain_rl, peak
 
 GRID = np.array([1, 2, 4, 8, 16])
 

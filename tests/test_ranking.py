@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ranking
 from conftest import shared_or_skip, write_jsonl
-from ranking import ELO, Args, UserError
 from scipy import optimize, stats
+
+from eval import ranking
+from eval.ranking import ELO, Args, UserError
 
 VERDICTS = {"A": 1.0, "B": 0.0, "tie": 0.5, "error": None}
 JUDGES = ("gpt-4o-mini", "Qwen2.5-7B-Instruct")

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import report
 from conftest import ROOT, read_jsonl, write_jsonl
 from scipy import stats
+
+from eval import report
 
 EVIL = "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -139,7 +140,7 @@ def cells(text: str, start: str) -> list[str]:
 def test_doctests() -> None:
     """The numbers in the docstrings."""
     found = doctest.testmod(report)
-    assert found.failed == 0 and found.attempted >= 15
+    assert found.failed == 0 and found.attempted >= 14
 
 
 def test_every_number_with_an_interval_is_shown_with_it(page: tuple[str, Page, dict]) -> None:

@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import rm_accuracy
 import torch
 from conftest import CPU, ROOT, read_jsonl, shared_or_skip, tiny_llama, write_jsonl
 from reference_reward import pairs_of, wilson
-from rm_accuracy import Args, UserError, main
 from scipy.optimize import minimize_scalar
 
 import reward
+from eval import rm_accuracy
+from eval.rm_accuracy import Args, UserError, main
 
 TINY = ROOT / "tiny"
 UTILITY = f"{TINY / 'annotator.py'}:utility"
@@ -602,10 +602,11 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_module_and_command_line_agree(tell: Callable[..., dict], tmp_path: Path) -> None:
-    """evaluate.load of a copy in an empty folder: the same dict as main's, from the pairs that main wrote."""
+    """evaluate.load of a copy with common.py beside it: the same dict as main's, from the pairs that main wrote."""
     got = tell(TINY / "rankings.jsonl", reward_fn=UTILITY)
     (tmp_path / "alone").mkdir()
-    shutil.copy(ROOT / "eval" / "rm_accuracy.py", tmp_path / "alone")
+    for name in ("common", "rm_accuracy"):
+        shutil.copy(ROOT / "eval" / f"{name}.py", tmp_path / "alone")
     code = """if True:
         import evaluate, json, sys
         rows = [json.loads(line) for line in open(sys.argv[1])]
