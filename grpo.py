@@ -590,7 +590,8 @@ ABOVE_ZERO = (  # number flags that may not be 0; none may be below
 ).split()
 ENCODING = "max_prompt_length max_response_length last_turn_only loss columns".split()  # what changes the encoded rows
 MAY_CHANGE = (  # when a run is resumed: its length, and what costs memory or time only
-    "resume report_to max_steps epochs save_every eval_every tokens_per_batch sample_batch_size gradient_checkpointing"
+    "resume output_dir report_to max_steps epochs save_every eval_every tokens_per_batch sample_batch_size "
+    "gradient_checkpointing"
 ).split()
 PLAIN_TEMPLATE = (  # for models that come without a chat template: no new token is added to the vocabulary
     "{% for m in messages %}{% if m['role'] == 'assistant' %}Assistant: {{ m['content'] }}{{ eos_token }}\n{% else %}"
@@ -777,16 +778,17 @@ class Run:
         for name, value in asdict(args).items():
             fine = not isinstance(value, int | float) or value > 0 or (value == 0 and name not in ABOVE_ZERO)
             check(fine, f"--{name} {value}: must be above 0{' or 0' * (name not in ABOVE_ZERO)}")
-        for tracker in args.report_to or []:
-            found = importlib.util.find_spec(tracker.split(".")[0])
-            check(found, f"--report_to {tracker}: not installed; pip install {tracker}")
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns that an optional package is missing
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")  # calls between the two
         transformers.utils.logging.disable_progress_bar()
         torch.manual_seed(args.seed)
         self.args, self.stage, self.curves, self.folder = args, stage, curves, Path(args.output_dir)
-        gpu = torch.cuda.is_available()
-        self.processes = Accelerator(cpu=not gpu, log_with=args.report_to, project_dir=self.folder)
+        cpu = not torch.cuda.is_available()
+        with reading(f"--report_to {' '.join(args.report_to or [])}"):
+            for tracker in args.report_to or []:
+                found = importlib.util.find_spec(tracker.split(".")[0])
+                check(found, f"--report_to {tracker}: not installed; pip install {tracker}")
+            self.processes = Accelerator(cpu=cpu, log_with=args.report_to, project_dir=self.folder)
         self.device, self.rank = self.processes.device, self.processes.process_index
         self.world, self.main = self.processes.num_processes, self.processes.is_main_process
         self.began, self.step, self.data, self.interrupted, self.started = time.time(), 0, "", False, False
@@ -849,8 +851,8 @@ class Run:
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         for path in self.folder.glob("*.jsonl") if self.main else []:
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] < state["step"]]
+            lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # splitlines would also split at U+2028
+            kept = [x + "\n" for x in lines if json.loads(x)["step"] < state["step"]]
             path.write_text("".join(kept), encoding="utf-8")
         return state["step"]
 
@@ -1014,7 +1016,8 @@ def load_base(base: str, args: Any, device: Any, kind: Any = AutoModelForCausalL
 def load_tokenizer(source: str, chat_template: str | None, args: Any) -> Any:
     """Tokenizer with a chat template: `plain` where the model has none."""
     with reading(f"tokenizer {source}, --chat_template, --template_kwargs"):
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=args.trust_remote_code)
+        revision = args.revision if source == args.model else None
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=args.trust_remote_code)
         template = {None: tokenizer.chat_template or PLAIN_TEMPLATE, "plain": PLAIN_TEMPLATE, "text": TEXT_TEMPLATE}
         tokenizer.chat_template = template.get(chat_template) or Path(str(chat_template)).read_text(encoding="utf-8")
         for name, value in json.loads(args.template_kwargs or "{}").items():  # set in it: later stages keep it too
@@ -1038,8 +1041,8 @@ def find_stop_ids(tokenizer: Any, generation_config: Any) -> list[int]:
 def load_model(args: Any, device: Any) -> tuple[Any, Any, list[int], str | None]:
     """(base model, tokenizer, stop ids, adapter or None) of --model: a base, or the run folder of an earlier stage."""
     base, is_adapter = find_base(args.model)
-    given = [f"--{n}" for n in ("lora_r", "lora_alpha", "lora_target_modules") if getattr(args, n) is not None]
-    check(not is_adapter or not given, f"{', '.join(given)}: {args.model} is an adapter with its own; drop the flag")
+    given = [n for n in ("lora_r", "lora_alpha", "lora_target_modules", "revision") if getattr(args, n) is not None]
+    check(not is_adapter or not given, f"--{', --'.join(given)}: {args.model} is an adapter with its own; drop it")
     settle_precision(args, device)
     own = is_adapter and (Path(args.model, "tokenizer_config.json").is_file() or not Path(args.model).is_dir())
     tokenizer = load_tokenizer(args.model if own else base, args.chat_template, args)
@@ -1166,7 +1169,7 @@ def load_rewards(model: Any, tokenizer: Any, args: Args) -> list[Reward]:
     found: list[Reward] = []
     for text in args.rewards or [f"{args.reward_fn or args.reward_model}=1"]:
         source, _, weight = text.rpartition("=") if "=" in text else (text, "", "1")
-        number = re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", weight)
+        number = re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", weight)
         check(number, f"--rewards {text}: {weight} is no weight; expected SOURCE or SOURCE=WEIGHT")
         reward = load_reward(source, model, tokenizer, args, f"reward{len(found) or ''}")
         name = re.split("[:/]", source)[-1]
@@ -1190,7 +1193,7 @@ def call_function(function: Callable, prompts: list[dict], responses: list[str])
     fails, as a server's 503 or a timeout may pass."""
     names = sorted({name for p in prompts for name in p["columns"]})  # rows may lack some
     columns = {name: [p["columns"].get(name) for p in prompts] for name in names}
-    name = f"reward function {function.__name__}"
+    name = f"reward function {getattr(function, '__name__', function)}"
     for wait in (1, 5, 25, 0):
         try:
             found = function([p["prompt"] for p in prompts], responses, **columns)

@@ -502,6 +502,7 @@ def test_two_reward_models_on_one_base(run: Run, reward_run: Path, base: Path, t
 
 FLAG_ERRORS: list[tuple[dict[str, Any], list[str]]] = [
     ({"rewards": ["share=much"]}, ["share=much", "much is no weight", "SOURCE=WEIGHT"]),
+    ({"rewards": ["share=1.2.3"]}, ["1.2.3 is no weight"]),
     ({"rewards": ["absent.py:f"]}, ["absent.py:f", "no such file"]),
     ({"rewards": ["share", "nowhere"]}, ["nowhere"]),
     ({"reward_fn": None}, ["what is a good response?", "--reward_fn, --reward_model or --rewards"]),

@@ -1,5 +1,6 @@
 """Whole runs of ppo.py in process: files, determinism, one step recomputed, resume, reward functions, every mistake."""
 
+import functools
 import itertools
 import json
 import math
@@ -836,6 +837,8 @@ def test_columns_that_some_rows_lack_are_none() -> None:
     found = ppo.call_function(score, PROMPTS, list("abcd"))
     assert seen == [(["p0", "p1", "p2", "p3"], ["a", "b", "c", "d"], {"n": [None, 1, 2, 3]})]
     assert math.isnan(found[0]) and found[1:].tolist() == [1.0, 2.0, 3.0]
+    again = ppo.call_function(functools.partial(score), PROMPTS, list("abcd"))  # it has no __name__
+    assert again[1:].tolist() == [1.0, 2.0, 3.0]
 
 
 @pytest.mark.parametrize(

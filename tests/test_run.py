@@ -465,6 +465,18 @@ def test_a_resumed_run_may_be_longer(run_sft: Run) -> None:
     assert any(not np.array_equal(first[k], v) for k, v in adapter_weights(folder).items())
 
 
+def test_a_run_folder_may_be_moved_and_hold_any_text(run_sft: Run, tmp_path: Path) -> None:
+    """Another --output_dir is no other run; U+2028 and U+0085, which JSON leaves as they are, end no line."""
+    folder = run_sft(max_steps=2, eval_every=1)
+    line = json.dumps({"step": 0, "response": "a\u2028b\u0085c"}, ensure_ascii=False) + "\n"
+    samples = line + (folder / "samples.jsonl").read_text(encoding="utf-8")
+    (folder / "samples.jsonl").write_text(samples, encoding="utf-8")
+    moved = folder.rename(tmp_path / "moved")
+    assert run_sft(max_steps=3, eval_every=1, resume=True, output_dir=str(moved)) == moved
+    assert (moved / "samples.jsonl").read_text(encoding="utf-8").startswith(samples)
+    assert [row["step"] for row in metrics(moved)] == [0, 1, 2]
+
+
 def test_a_finished_run_may_be_resumed(run_sft: Run) -> None:
     """Nothing is left to do: the same result once more."""
     folder = run_sft()
@@ -728,6 +740,7 @@ def test_more_tokens_than_positions(kind: str, run_sft: Run, base: Path, world: 
 def test_contradicting_flags(run_sft: Run, sft_run: Path) -> None:
     """All weights of an adapter, all weights in 4 bits, another rank or layers than the adapter's."""
     refused(run_sft, "--lora_r:", str(sft_run), "is an adapter with its own", model=str(sft_run), lora_r=0)
+    refused(run_sft, "--revision:", "is an adapter with its own", model=str(sft_run), lora_r=None, revision="v1")
     refused(run_sft, "4-bit weights can't be trained", "--quant none", lora_r=0, quant="nf4")
     flags: dict[str, Any] = {"model": str(sft_run), "lora_r": None}
     refused(run_sft, "--lora_alpha, --lora_target_modules:", lora_alpha=3.0, lora_target_modules=["q_proj"], **flags)
@@ -810,6 +823,8 @@ def test_a_tracker_that_is_not_installed(run_sft: Run, tmp_path: Path) -> None:
     """Said before training, with what to install."""
     for name in ("wandb_that_is_not_there", "absent.part"):
         refused(run_sft, f"--report_to {name}: not installed", report_to=[name])
+    for name in ("numpy", ""):  # installed, but no tracker; no name
+        refused(run_sft, f"--report_to {name}:", report_to=[name])
     assert not (tmp_path / "sft").exists()
 
 
