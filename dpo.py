@@ -678,6 +678,8 @@ def run_cli(main: Callable[[Any], None], args_class: Any) -> None:
         print(f"{parser.prog}: settings for tiny/:", *(f"--{name} {getattr(args, name)}" for name in TINY_SETTINGS))
     try:
         main(args)
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"{parser.prog}: {first_line(error)} Lower --tokens_per_batch, --sample_batch_size; see tools/plan.py")
     except (UserError, OSError) as error:  # OSError: a full disk, a folder that can't be written
         sys.exit(f"{parser.prog}: {error}")
     except KeyboardInterrupt:
@@ -871,7 +873,8 @@ def settle_precision(args: Any, device: Any) -> None:
     """Give every flag its value that depends on the run folder or on the machine."""
     record, gpu, all_weights = Path(args.model, "args.json"), device.type == "cuda", args.lora_r == 0
     if args.quant == "auto":
-        recorded = json.loads(record.read_text()).get("quant") if record.is_file() else None
+        with reading(str(record)):
+            recorded = json.loads(record.read_text()).get("quant") if record.is_file() else None
         args.quant = "none" if all_weights else recorded or ("nf4" if gpu else "none")
     check(not all_weights or args.quant == "none", "--lora_r 0: 4-bit weights can't be trained; give --quant none")
     if args.dtype == "auto":  # all weights: small updates would be lost in bfloat16, which old GPUs don't have either
@@ -1381,7 +1384,7 @@ def batch_indices(step: int, lengths: Any, batch_size: int, seed: int) -> list[i
         if position % n == 0 or not indices:
             order = np.random.default_rng((seed, position // n)).permutation(n)
             if position < n:
-                longest = np.argsort(lengths, kind="stable")[::-1][:batch_size]
+                longest = np.argsort(lengths[:], kind="stable")[::-1][:batch_size]
                 order = np.concatenate([longest, order[~np.isin(order, longest)]])
         indices.append(int(order[position % n]))
     return indices

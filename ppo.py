@@ -312,6 +312,8 @@ def main(args: Args) -> None:
     fits = args.batch_size % (g * run.world) == 0 and args.batch_size >= args.minibatches * run.world
     least = f"--samples_per_prompt {g} x {run.world} processes, or fewer than --minibatches {args.minibatches}"
     check(fits, f"--batch_size {args.batch_size}: no multiple of {least}")
+    slow = not args.kl_target or args.kl_horizon >= args.batch_size  # else one step could turn the coefficient negative
+    check(slow, f"--kl_horizon {args.kl_horizon}: must be at least --batch_size {args.batch_size}")
     check(not (args.reward_fn and args.reward_model), "--reward_fn and --reward_model: PPO has one reward, choose one")
     check(args.lora_r != 0, "--lora_r 0: only sft.py trains all weights; RL trains adapters on one shared base")
 
@@ -500,6 +502,8 @@ def run_cli(main: Callable[[Any], None], args_class: Any) -> None:
         print(f"{parser.prog}: settings for tiny/:", *(f"--{name} {getattr(args, name)}" for name in TINY_SETTINGS))
     try:
         main(args)
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"{parser.prog}: {first_line(error)} Lower --tokens_per_batch, --sample_batch_size; see tools/plan.py")
     except (UserError, OSError) as error:  # OSError: a full disk, a folder that can't be written
         sys.exit(f"{parser.prog}: {error}")
     except KeyboardInterrupt:
@@ -678,7 +682,8 @@ def settle_precision(args: Any, device: Any) -> None:
     """Give every flag its value that depends on the run folder or on the machine."""
     record, gpu, all_weights = Path(args.model, "args.json"), device.type == "cuda", args.lora_r == 0
     if args.quant == "auto":
-        recorded = json.loads(record.read_text()).get("quant") if record.is_file() else None
+        with reading(str(record)):
+            recorded = json.loads(record.read_text()).get("quant") if record.is_file() else None
         args.quant = "none" if all_weights else recorded or ("nf4" if gpu else "none")
     check(not all_weights or args.quant == "none", "--lora_r 0: 4-bit weights can't be trained; give --quant none")
     if args.dtype == "auto":  # all weights: small updates would be lost in bfloat16, which old GPUs don't have either
@@ -1094,7 +1099,7 @@ def batch_indices(step: int, lengths: Any, batch_size: int, seed: int) -> list[i
         if position % n == 0 or not indices:
             order = np.random.default_rng((seed, position // n)).permutation(n)
             if position < n:
-                longest = np.argsort(lengths, kind="stable")[::-1][:batch_size]
+                longest = np.argsort(lengths[:], kind="stable")[::-1][:batch_size]
                 order = np.concatenate([longest, order[~np.isin(order, longest)]])
         indices.append(int(order[position % n]))
     return indices

@@ -635,6 +635,7 @@ def test_contradicting_flags(flags: dict, patterns: list[str], run_ppo: Run, bas
     [
         {"samples_per_prompt": 0}, {"tokens_per_batch": 0}, {"minibatches": 0}, {"batch_size": 0}, {"ppo_epochs": 0},
         {"temperature": 0.0}, {"max_response_length": 0}, {"kl_horizon": 0, "kl_target": 0.1}, {"batch_size": -8},
+        {"kl_horizon": 3, "kl_target": 0.1},
         {"epochs": 0.0}, {"sample_batch_size": 0}, {"clip_range": -0.1}, {"learning_rate": -1.0}, {"save_every": 0},
         {"max_grad_norm": 0.0}, {"gamma": -0.5}, {"eval_every": -1},
     ],

@@ -373,6 +373,9 @@ def test_precision_follows_the_run_folder(recorded: str | None, flags: dict, exp
     ppo.settle_precision(args, CPU)
     assert (args.quant, args.dtype) == expected
     assert (args.tokens_per_batch, args.gradient_checkpointing) == (512, False)
+    (tmp_path / "args.json").write_text("{half")
+    with pytest.raises(ppo.UserError, match=r"args\.json: "):
+        ppo.settle_precision(ppo.Args(model=str(tmp_path)), CPU)
 
 
 @pytest.mark.parametrize("width", [64, 80, 128, 160, 172, 176, 192])

@@ -891,7 +891,8 @@ def test_a_mistake_is_one_line_and_exit_code_1(monkeypatch: pytest.MonkeyPatch, 
     """run_cli turns a UserError, a full disk and Ctrl-C into the script's name and one line."""
     code, _ = cli(monkeypatch, capsys, "--model", str(tmp_path / "absent"))
     assert isinstance(code, str) and code.startswith("sft.py: ") and "absent" in one_line(Exception(code))
-    for error in (OSError(28, "No space left on device"), KeyboardInterrupt()):
+    memory = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore lines")
+    for error in (OSError(28, "No space left on device"), KeyboardInterrupt(), memory):
         with monkeypatch.context() as patch:
             die_at(patch, sft, "load_model", 1, error)
             code, _ = cli(patch, capsys)
