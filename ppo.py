@@ -312,8 +312,8 @@ def main(args: Args) -> None:
     fits = args.batch_size % (g * run.world) == 0 and args.batch_size >= args.minibatches * run.world
     least = f"--samples_per_prompt {g} x {run.world} processes, or fewer than --minibatches {args.minibatches}"
     check(fits, f"--batch_size {args.batch_size}: no multiple of {least}")
-    slow = not args.kl_target or args.kl_horizon >= args.batch_size  # else one step could turn the coefficient negative
-    check(slow, f"--kl_horizon {args.kl_horizon}: must be at least --batch_size {args.batch_size}")
+    fits = not args.kl_target or args.kl_horizon >= args.batch_size  # else a step could turn the coefficient negative
+    check(fits, f"--kl_horizon {args.kl_horizon}: must be at least --batch_size {args.batch_size}")
     check(not (args.reward_fn and args.reward_model), "--reward_fn and --reward_model: PPO has one reward, choose one")
     check(args.lora_r != 0, "--lora_r 0: only sft.py trains all weights; RL trains adapters on one shared base")
 
@@ -502,10 +502,8 @@ def run_cli(main: Callable[[Any], None], args_class: Any) -> None:
         print(f"{parser.prog}: settings for tiny/:", *(f"--{name} {getattr(args, name)}" for name in TINY_SETTINGS))
     try:
         main(args)
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"{parser.prog}: {first_line(error)} Lower --tokens_per_batch, --sample_batch_size; see tools/plan.py")
-    except (UserError, OSError) as error:  # OSError: a full disk, a folder that can't be written
-        sys.exit(f"{parser.prog}: {error}")
+    except (UserError, OSError, torch.OutOfMemoryError) as error:  # OSError: a full disk, no right to write a folder
+        sys.exit(f"{parser.prog}: {first_line(error)}")
     except KeyboardInterrupt:
         sys.exit(f"{parser.prog}: stopped at once; --resume goes on from the last checkpoint, if there is one")
 

@@ -335,10 +335,8 @@ def run_cli(main: Callable[[Any], None], args_class: Any) -> None:
         print(f"{parser.prog}: settings for tiny/:", *(f"--{name} {getattr(args, name)}" for name in TINY_SETTINGS))
     try:
         main(args)
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"{parser.prog}: {first_line(error)} Lower --tokens_per_batch, --sample_batch_size; see tools/plan.py")
-    except (UserError, OSError) as error:  # OSError: a full disk, a folder that can't be written
-        sys.exit(f"{parser.prog}: {error}")
+    except (UserError, OSError, torch.OutOfMemoryError) as error:  # OSError: a full disk, no right to write a folder
+        sys.exit(f"{parser.prog}: {first_line(error)}")
     except KeyboardInterrupt:
         sys.exit(f"{parser.prog}: stopped at once; --resume goes on from the last checkpoint, if there is one")
 

@@ -166,7 +166,7 @@ FAULTS: dict[int, Callable[[str, int], str | dict]] = {  # question -> what beco
     0: lambda text, n: likes_a(text) if n else {"status": 429, "headers": {"Retry-After": "0.3"}, "body": "slow down"},
     1: lambda text, n: likes_a(text) if n > 1 else {"status": 500, "body": "oops"},
     2: lambda text, n: likes_a(text) if n else {"hang_up": True},
-    3: lambda text, n: likes_a(text) if n else {"sleep": 1.0, "content": "[[A]] too late"},
+    3: lambda text, n: likes_a(text) if n else {"sleep": 4.0, "content": "[[A]] too late"},
     4: lambda text, n: {"content": ""},
     5: lambda text, n: {"content": "[[A]]\n\nThe first answer is", "finish_reason": "length"},
     6: lambda text, n: {"body": '{"choices": [{"message": {"content": "[[A'},
@@ -187,7 +187,7 @@ EXPECTED = {
 def test_faults_lose_no_row_and_invent_no_vote(serve: Callable[..., Scripted], tmp_path: Path) -> None:
     """Each fault has its outcome; good replies come through retries; a second run asks only what failed, once."""
     server = serve(lambda text, n: FAULTS[number_of(text)](text, n))
-    args = flags(tmp_path, server, timeout=0.5, **write_answers(tmp_path, 14))
+    args = flags(tmp_path, server, timeout=2.0, **write_answers(tmp_path, 14))
     result = judge.main(args)
     rows = read_jsonl(Path(args.output))
     assert [(row["id"], row["order"]) for row in rows] == [
