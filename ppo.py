@@ -312,8 +312,7 @@ def main(args: Args) -> None:
     fits = args.batch_size % (g * run.world) == 0 and args.batch_size >= args.minibatches * run.world
     least = f"--samples_per_prompt {g} x {run.world} processes, or fewer than --minibatches {args.minibatches}"
     check(fits, f"--batch_size {args.batch_size}: no multiple of {least}")
-    fits = not args.kl_target or args.kl_horizon >= args.batch_size  # else a step could turn the coefficient negative
-    check(fits, f"--kl_horizon {args.kl_horizon}: must be at least --batch_size {args.batch_size}")
+    check(not args.kl_target or args.kl_horizon >= args.batch_size, f"--kl_horizon {args.kl_horizon} < --batch_size")
     check(not (args.reward_fn and args.reward_model), "--reward_fn and --reward_model: PPO has one reward, choose one")
     check(args.lora_r != 0, "--lora_r 0: only sft.py trains all weights; RL trains adapters on one shared base")
 
@@ -340,10 +339,7 @@ def main(args: Args) -> None:
     surrogates = {"clip": (clipped_policy_loss, args.clip_range), "penalty": (penalty_policy_loss, args.penalty_coef)}
     surrogate, coefficient = surrogates[args.policy_loss]
 
-    def scored(rollout: Rollout) -> dict[str, Tensor]:
-        return {"score": score(reward, rollout, args)}
-
-    judge = partial(evaluate, lm, questions, scored, gold, args)
+    judge = partial(evaluate, lm, questions, lambda rollout: {"score": score(reward, rollout, args)}, gold, args)
     before, after, kl_coef = judge("reference"), {}, torch.tensor(args.kl_coef, dtype=torch.float64)
 
     for step in run.steps(total_steps, [*policy_weights, *critic_weights, kl_coef], optimizers):
@@ -392,8 +388,8 @@ def main(args: Args) -> None:
                     loss.backward()
                     logprobs = logprobs.detach()
                     clipped = (torch.exp(logprobs - old) - 1).abs() > args.clip_range
-                    parts = [loss.detach() * n_tokens, clipped.sum(), old_new_kl(logprobs, old).sum()]
-                    sums[:3] += torch.stack(parts) / n_tokens
+                    parts = [x.sum() / n_tokens for x in (clipped, old_new_kl(logprobs, old))]
+                    sums[:3] += torch.stack([loss.detach(), *parts])
             norm = run.clip_gradients(policy_optimizer, rates[0])
             policy_optimizer.step()
             policy_optimizer.zero_grad()
@@ -526,9 +522,8 @@ class Run:
         self.args, self.stage, self.curves, self.folder = args, stage, curves, Path(args.output_dir)
         cpu = not torch.cuda.is_available()
         with reading(f"--report_to {' '.join(args.report_to or [])}"):
-            for tracker in args.report_to or []:
-                found = importlib.util.find_spec(tracker.split(".")[0])
-                check(found, f"--report_to {tracker}: not installed; pip install {tracker}")
+            for name in args.report_to or []:
+                check(importlib.util.find_spec(name.split(".")[0]), f"--report_to {name}: not installed; install it")
             self.processes = Accelerator(cpu=cpu, log_with=args.report_to, project_dir=self.folder)
         self.device, self.rank = self.processes.device, self.processes.process_index
         self.world, self.main = self.processes.num_processes, self.processes.is_main_process

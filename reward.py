@@ -209,8 +209,7 @@ def main(args: Args) -> None:
     """Reward modelling from preferences (reward.py)."""
     run = Run(args, "reward", ("loss", "accuracy", "margin", "heldout_accuracy"))
     check(args.lora_r != 0, "--lora_r 0 is for sft.py only: a reward model is a LoRA adapter and a head")
-    smoothed = args.loss == "plackett_luce" and args.label_smoothing
-    check(not smoothed, "--label_smoothing belongs to --loss bradley_terry")
+    check(args.loss != "plackett_luce" or not args.label_smoothing, "--label_smoothing belongs to --loss bradley_terry")
 
     # An adapter that starts as a copy of the SFT adapter (new on a bare base), and a new head outside PEFT
     model, tokenizer, stop_ids, adapter = load_model(args, run.device)
@@ -359,9 +358,8 @@ class Run:
         self.args, self.stage, self.curves, self.folder = args, stage, curves, Path(args.output_dir)
         cpu = not torch.cuda.is_available()
         with reading(f"--report_to {' '.join(args.report_to or [])}"):
-            for tracker in args.report_to or []:
-                found = importlib.util.find_spec(tracker.split(".")[0])
-                check(found, f"--report_to {tracker}: not installed; pip install {tracker}")
+            for name in args.report_to or []:
+                check(importlib.util.find_spec(name.split(".")[0]), f"--report_to {name}: not installed; install it")
             self.processes = Accelerator(cpu=cpu, log_with=args.report_to, project_dir=self.folder)
         self.device, self.rank = self.processes.device, self.processes.process_index
         self.world, self.main = self.processes.num_processes, self.processes.is_main_process

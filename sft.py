@@ -301,9 +301,8 @@ class Run:
         self.args, self.stage, self.curves, self.folder = args, stage, curves, Path(args.output_dir)
         cpu = not torch.cuda.is_available()
         with reading(f"--report_to {' '.join(args.report_to or [])}"):
-            for tracker in args.report_to or []:
-                found = importlib.util.find_spec(tracker.split(".")[0])
-                check(found, f"--report_to {tracker}: not installed; pip install {tracker}")
+            for name in args.report_to or []:
+                check(importlib.util.find_spec(name.split(".")[0]), f"--report_to {name}: not installed; install it")
             self.processes = Accelerator(cpu=cpu, log_with=args.report_to, project_dir=self.folder)
         self.device, self.rank = self.processes.device, self.processes.process_index
         self.world, self.main = self.processes.num_processes, self.processes.is_main_process

@@ -324,7 +324,7 @@ def load_weights(adapter: Path | None, base: str, args: Any) -> Any:
             if device.type == "cpu" and module.in_features % 64 in (16, 32, 48):
                 raise UserError(f"model {base}: bitsandbytes misreads {module.in_features} inputs on CPU; --quant none")
     if device.type == "cpu" and model.num_parameters() < 10**7:
-        torch.set_num_threads(1)  # so small a model gains little from threads, and loses much where cores are shared
+        torch.set_num_threads(min(2, torch.get_num_threads()))  # more gain nothing, and lose where cores are shared
     return model.eval()
 
 

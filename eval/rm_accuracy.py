@@ -583,7 +583,7 @@ def load_classifier(
         raise UserError(f"{folder or base}: can't be loaded as a reward model ({reason})") from error
     model = model.to(device).eval()
     if device.type == "cpu" and model.num_parameters() < 10**7:
-        torch.set_num_threads(1)  # so small a model gains little from threads, and loses much where cores are shared
+        torch.set_num_threads(min(2, torch.get_num_threads()))  # more gain nothing, and lose where cores are shared
     modules: Any = model.modules()
     for module in modules:  # bitsandbytes would repack 4-bit weights at the first pass: other scores after it
         if hasattr(module, "support_avx512bf16_for_cpu"):
